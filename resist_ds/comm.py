@@ -1,0 +1,159 @@
+"""Everything that communicates, and the only importer of deepspeed.comm and torch.distributed.
+
+Two back ends stand side by side: gloo for tensors in host memory, NCCL for tensors on GPUs. Exchanges
+go over NCCL where every rank has a GPU of its own, else over gloo with their buffers in host memory
+(several ranks on one GPU, which NCCL refuses; CPU runs). No process group is made during training.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from resist_ds.errors import RunError
+
+T = TypeVar("T")
+
+
+class Ledger(Counter[str]):
+    """Bytes that this rank really put into exchange buffers for another rank, by kind of exchange."""
+
+
+class Comm:
+    """This process's place among the ranks, and the collectives that the protocol uses.
+
+    Attributes:
+        rank, size: r and R.
+        local_rank, local_size: the same on this machine.
+        device: where this rank computes.
+        buffer_device: where exchange buffers live; the device, or the host where gloo carries them.
+        ledger: bytes sent to other ranks.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(minutes=30)):
+        """Join the job that the launcher's environment describes. Collective: all ranks."""
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", self.size)))
+        self.ledger = Ledger()
+        gpus = torch.cuda.device_count()
+        self.device = torch.device("cuda", self.local_rank % gpus) if gpus else torch.device("cpu")
+        if gpus:
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            _connect("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout)
+        shared_gpu = any(self.gather(self.local_size > gpus))
+        self.buffer_device = torch.device("cpu") if shared_gpu else self.device
+
+    @property
+    def backend(self) -> str:
+        """What carries the exchanges."""
+        if self.size == 1:
+            return "none"
+        return "nccl" if self.buffer_device.type == "cuda" else "gloo"
+
+    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised exchange buffer [numel]."""
+        pinned = self.device.type == "cuda" and self.buffer_device.type == "cpu"
+        return torch.empty(numel, dtype=dtype, device=self.buffer_device, pin_memory=pinned)
+
+    def all_to_all(
+        self, send: Tensor, receive: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], kind: str
+    ) -> None:
+        """Exchange contiguous segments, `send_counts[r]` elements to rank r. Collective: all ranks.
+
+        The segment for this rank itself is copied and not counted in the ledger.
+        """
+        others = sum(send_counts) - send_counts[self.rank]
+        self.ledger[kind] += others * send.element_size()
+        if self.size == 1:
+            receive.copy_(send)
+        else:
+            _deepspeed().all_to_all_single(receive, send, list(receive_counts), list(send_counts))
+
+    def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
+        """Start sending `tensor` from rank `root` to all; returns the wait. Collective: all ranks."""
+        if self.size == 1:
+            return lambda: None
+        if self.rank == root:
+            self.ledger[kind] += (self.size - 1) * tensor.nbytes
+        return _deepspeed().broadcast(tensor, root, async_op=True).wait
+
+    def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
+        """Stack every rank's [n, …] rows, rank-major, in host memory. Collective: all ranks, equal shapes."""
+        rows = rows.cpu().contiguous()
+        if self.size == 1:
+            return rows
+        self.ledger[kind] += (self.size - 1) * rows.nbytes
+        gathered = [torch.empty_like(rows) for _ in range(self.size)]
+        _deepspeed().all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's (small, picklable) value, by rank. Collective: all ranks."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            _deepspeed().all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective: all ranks."""
+        self.gather(None)
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Run `work`; if it failed on any rank, fail on all with that rank's error. Collective: all ranks.
+
+        So what can fail on one rank (a folder that is not there, an image that cannot be read) leaves
+        no other waiting in a collective. The error of the lowest failing rank is raised everywhere.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as e:
+            error = e
+        failed = [e for e in self.gather(error if isinstance(error, RunError) else _portable(error)) if e is not None]
+        if failed:
+            if error is not None and not isinstance(error, RunError):
+                raise error  # a defect: this rank shows where
+            raise failed[0]
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Leave the job. Collective: all ranks."""
+        if self.size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _portable(error: Exception | None) -> RunError | None:
+    """An error of any class as one that every rank can unpickle."""
+    if error is None:
+        return None
+    return RunError(f"a rank failed with {type(error).__name__}: {error}")
+
+
+def _connect(backend: str, timeout: timedelta) -> None:
+    """Make the default process group and hand it to DeepSpeed."""
+    torch.distributed.init_process_group(backend, timeout=timeout)
+    _deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@cache
+def _deepspeed() -> Any:
+    """deepspeed.comm, imported on first use: a run on one rank does not wait for it."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
+    import deepspeed.comm
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its shared-memory op for CPUs costs a 40 s compile at the first start and is not needed here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed.comm

@@ -1,0 +1,332 @@
+"""Every option of a run: its name, type, default, meaning and limits.
+
+`Config` is the one place where an option is declared; `--help`, the YAML files and the command line are all
+read off its fields. `parse` turns what the user typed into a `Config`, or raises a `UserError` of one line.
+
+The module imports neither torch nor timm, so that `--help` and a typing mistake answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import sys
+import typing
+from argparse import ArgumentError, HelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+def _option(
+    default: T | Callable[[], T], doc: str, *, low: float = 0, below: float = math.inf, group: str = ""
+) -> T:
+    """A field and its help. A number must lie in [low, below); `group` opens a section of `--help`."""
+    metadata = {"doc": doc, "low": low, "below": below, "group": group}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _precision_of_launcher() -> Any:
+    """`accelerate launch --mixed_precision bf16` arrives as a variable; `Config` checks what is in it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run, checked. Raises `UserError` with one line where a value cannot be meant."""
+
+    model: str = _option(
+        "preact_resnet_small",
+        "A ResNet of timm (resnetv2_{18,34,50,101,152}, resnet{50,101,152}) or one of the paper's CIFAR nets "
+        "(preact_resnet_small, preact_resnet{101,152,200}).",
+        group="Model",
+    )
+    num_classes: int | None = _option(None, "Outputs of the classifier; null: the data set's.", low=1)
+
+    dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic"] = _option(
+        "digits",
+        "digits comes with a package; imagenet, imagefolder: train/ and val/ (or test/) of class folders.",
+        group="Data",
+    )
+    data_dir: str | None = _option(None, "Folder of the data set; required by all but digits and synthetic.")
+    download: bool = _option(False, "Allow fetching cifar10 or cifar100 into data_dir.")
+    img_size: int | None = _option(
+        None, "Side of the square images in pixels; null: 224 for imagenet and imagefolder, else 32.", low=1
+    )
+    augment: bool = _option(True, "Random crop, and horizontal flip where the data set allows it.")
+    data_workers: int = _option(4, "Processes per rank that decode image folders which do not fit in memory.")
+    cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).")
+
+    workers: int | None = _option(
+        None, "W, the number of sub-ResNets; null: one per rank, or 4 on one rank.", low=1, group="Protocol"
+    )
+    local_steps: int = _option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
+    min_blocks: int = _option(0, "Every sub-ResNet holds at least so many pool blocks.")
+    warmup_rounds: int = _option(
+        0, "First rounds done as local SGD. In these each worker holds the FULL model, with its memory."
+    )
+    optimizer_state: Literal["travel", "reset"] = _option(
+        "travel", "Momentum travels with its block and is averaged like it, or starts anew every round."
+    )
+    transit_mib: int = _option(
+        64, "Device memory (MiB) for blocks on their way in a synchronisation; one block at least.", low=1
+    )
+
+    batch_size: int = _option(128, "Images per worker and local step.", group="Training", low=1)
+    accumulation_steps: int = _option(1, "Equal micro-batches that a local step's batch is cut into.", low=1)
+    epochs: float = _option(
+        160.0, "Passes over the training set by all workers together, rounded up to whole rounds."
+    )
+    rounds: int | None = _option(None, "Number of rounds; wins over epochs.", low=1)
+    optimizer: Literal["sgd", "adamw"] = _option("sgd", "Optimizer of the local steps.")
+    lr: float = _option(0.01, "Peak learning rate.")
+    momentum: float = _option(0.9, "Momentum of SGD.", below=1)
+    nesterov: bool = _option(False, "Nesterov's form of the momentum (SGD).")
+    weight_decay: float = _option(5e-4, "Weight decay, on every parameter as in the paper.")
+    label_smoothing: float = _option(0.0, "Label smoothing of the training loss.", below=1)
+    clip_grad: float = _option(0.0, "Largest gradient norm of a sub-ResNet; 0: no clipping.")
+    schedule: Literal["step", "cosine", "constant"] = _option(
+        "step", "Learning rate over the run; step: divided by 10 at 50 % and again at 75 % of training."
+    )
+    lr_warmup_steps: int = _option(0, "Local steps of linear warm-up of the learning rate.")
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = _option(
+        _precision_of_launcher,
+        "Autocast; accelerate launch's --mixed_precision is the default.",
+        group="Device",
+    )
+    dtype: Literal["float32", "float64"] = _option(
+        "float32", "Of the weights; float64 is for checking a run against a simulation."
+    )
+    channels_last: bool = _option(False, "Channels-last memory format (faster convolutions on GPUs).")
+    compile: bool = _option(False, "torch.compile the sub-ResNet.")
+    activation_checkpointing: bool = _option(
+        False, "Recompute activations in the backward pass: less memory, about a third more compute."
+    )
+    cpu_threads: int = _option(
+        0,
+        "CPU threads per rank; 0: the cores divided among the machine's ranks. A fixed number makes CPU "
+        "results independent of the number of ranks.",
+    )
+
+    eval_every: int = _option(10, "Rounds between evaluations; 0: only at the end.", group="Evaluation")
+    eval_batch_size: int | None = _option(None, "Images per forward pass; null: batch_size.", low=1)
+    eval_memory: int = _option(256, "MiB per rank for test activations that wait for the next block.", low=1)
+    calibration_samples: int = _option(1024, "Training images that set BatchNorm's statistics.", low=1)
+
+    seed: int = _option(0, "Decides weights, partitions and data.", below=2**63, group="Run")
+    output_dir: str = _option("runs/latest", "Folder for metrics.jsonl and all else that the run writes.")
+    log_with: Literal["wandb", "tensorboard", "none"] = _option(
+        "wandb", "Tracker; wandb is offline unless WANDB_API_KEY, a login or wandb_project asks for more."
+    )
+    wandb_project: str | None = _option(None, "Project at Weights & Biases; also turns the online mode on.")
+    run_name: str | None = _option(None, "Name of the run in the tracker.")
+    progress: bool = _option(True, "Progress bar.")
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name} is {getattr(self, name)!r}: type one of {', '.join(choices)}")
+        for name, option in _FIELDS.items():
+            value, low, below = getattr(self, name), option.metadata["low"], option.metadata["below"]
+            if isinstance(value, int | float) and not (low <= value < below):  # NaN fails every comparison
+                limit = f"at least {low}" if below == math.inf else f"at least {low} and below {below}"
+                raise UserError(f"--{name} is {value}: type a finite number, {limit}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        needs_files = self.dataset not in ("digits", "synthetic")
+        if self.epochs == 0:
+            raise UserError("--epochs is 0: type a number above 0")
+        if not self.model:
+            raise UserError("--model is empty: type a name such as preact_resnet_small")
+        if not self.output_dir:
+            raise UserError("--output_dir is empty: type a folder, for instance runs/latest")
+        if needs_files and not self.data_dir:
+            raise UserError(f"--dataset {self.dataset} needs a folder: type --data_dir FOLDER")
+        if self.data_dir is not None and not needs_files:  # to train on digits by mistake would be silent
+            raise UserError(
+                f"--data_dir is not for --dataset {self.dataset}: type another, or --data_dir null"
+            )
+        if self.download and not self.dataset.startswith("cifar"):
+            raise UserError(f"--download cannot fetch {self.dataset}: type --dataset cifar10 or cifar100")
+        if self.batch_size % self.accumulation_steps:
+            raise UserError(
+                f"--accumulation_steps must divide --batch_size: type a divisor of {self.batch_size}"
+            )
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise UserError(
+                "--nesterov is for --optimizer sgd and a --momentum above 0: type --nesterov false"
+            )
+        if self.dtype == "float64" and self.mixed_precision != "no":
+            raise UserError("--dtype float64 excludes mixed precision: type --mixed_precision no")
+        if self.rounds is not None and self.warmup_rounds > self.rounds:
+            raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as a plain dict; `Config(**config.to_dict()) == config`."""
+        return asdict(self)
+
+
+_FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
+_TYPES: dict[str, Any] = typing.get_type_hints(Config)
+_CHOICES = {name: typing.get_args(t) for name, t in _TYPES.items() if typing.get_origin(t) is Literal}
+
+# ------------------------------------------------------------------------------------------------------------
+# From what was typed to a Config: YAML files and the command line both become a list of `_Given`, each of
+# which jsonargparse reads as `--name=value`. So a value means the same wherever it stands (YAML's own typing
+# would make `mixed_precision: no` a boolean and `lr: 1e-3` a string), and an error knows whom to name.
+
+
+class _Given(NamedTuple):
+    name: str
+    value: str
+    where: str  # as the user would look for it: "--lr" or "runs.yaml:3: lr"
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Reads `argv` (default: the process's), with `--config` files first wherever they stand.
+
+    `--help` and `--print_config` print and raise `SystemExit(0)`. Raises `UserError`, of one line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    if any(token in ("-h", "--help") for token in argv):
+        parser.parse_args(["--help"])
+
+    typed = list(_command_line(argv))
+    from_files = [given for t in typed if t.name == "config" for given in _yaml_file(t.value)]
+    print_config = [f"--print_config={t.value}".rstrip("=") for t in typed if t.name == "print_config"]
+    options = from_files + [t for t in typed if t.name in _FIELDS]
+
+    # Each alone first, so that an error names its option and file whatever jsonargparse's message looks like.
+    for name, value, where in options:
+        try:
+            parser.parse_args([f"--{name}={value}"])
+        except ArgumentError:
+            raise UserError(f"{where} is {value!r}: type {_expected(name)}") from None
+    try:
+        values = parser.parse_args([f"--{given.name}={given.value}" for given in options] + print_config)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return Config(**{name: values[name] for name in _FIELDS})
+
+
+def _command_line(argv: Sequence[str]) -> Iterator[_Given]:
+    """Cuts the command line into options; unlike argparse it allows `--lr -1e-3` and `--local-steps`."""
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("-") or _is_number(token):
+            raise UserError(f"unexpected {token!r}: every option starts with --, for instance --lr 0.1")
+        option, equals, value = token.partition("=")
+        name = option[2:].replace("-", "_") if option.startswith("--") else ""
+        if name not in (*_FIELDS, "config", "print_config", "local_rank"):
+            raise UserError(f"unknown option {option}{_suggest(name or option[1:], '--')}")
+        if not equals and name != "print_config":
+            if rest and (not rest[0].startswith("-") or _is_number(rest[0])):
+                value = rest.pop(0)
+            elif _TYPES.get(name) is bool:
+                value = "true"
+            else:
+                raise UserError(f"--{name} needs a value: type {_expected(name)}")
+        yield _Given(name, value, f"--{name}")
+
+
+def _yaml_file(name: str) -> Iterator[_Given]:
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:  # not text, nested too deep, ...
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--config {name} cannot be read: {' '.join(str(reason).split())}") from None
+    if root is None:
+        return  # an empty file, or nothing but comments
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"--config {name}: write one option a line, for instance 'lr: 0.1'")
+    seen = set()
+    for key, value in root.value:
+        option = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else "a list"
+        where = f"{name}:{key.start_mark.line + 1}: {option}"
+        if option not in _FIELDS:
+            raise UserError(f"{where} is an unknown option{_suggest(option, '')}")
+        if option in seen:
+            raise UserError(f"{where} is given twice: remove one of them")
+        seen.add(option)
+        null = isinstance(value, yaml.ScalarNode) and value.tag == "tag:yaml.org,2002:null"
+        if not isinstance(value, yaml.ScalarNode) or (null and type(None) not in _kinds(option)):
+            raise UserError(f"{where} has {'no value' if null else 'a list'}: type {_expected(option)}")
+        yield _Given(option, "null" if null else value.value, where)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _suggest(name: str, dashes: str) -> str:
+    if name.removeprefix("no_") in _TYPES and _TYPES[name.removeprefix("no_")] is bool:
+        return f" (type {dashes}{name.removeprefix('no_')}{' ' if dashes else ': '}false)"
+    near = difflib.get_close_matches(name, [*_FIELDS, "config", "print_config"] if dashes else _FIELDS)
+    # A beginning such as `act` is a near name too, however much is missing.
+    near += [known for known in _FIELDS if len(name) > 2 and known.startswith(name) and known not in near]
+    if not near:
+        return ": train.py --help lists them"
+    return f" (did you mean {' or '.join(dashes + known for known in near[:3])}?)"
+
+
+def _expected(name: str) -> str:
+    if name in _CHOICES:
+        return f"one of {', '.join(_CHOICES[name])}"
+    if name not in _TYPES:
+        return "a YAML file" if name == "config" else "a number"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return " or ".join(words.get(kind, "null") for kind in _kinds(name))
+
+
+def _kinds(name: str) -> tuple[Any, ...]:
+    """The alternatives of an option's type, as in `int | None`."""
+    return typing.get_args(_TYPES[name]) or (_TYPES[name],)
+
+
+def _parser() -> ArgumentParser:
+    """jsonargparse's parser over Config's fields: types, `--help`, `--print_config`."""
+    parser = ArgumentParser(
+        prog="train.py",
+        usage="train.py [--config FILE.yaml] [--OPTION VALUE] ...",
+        description="Train a ResNet as sub-ResNets (ResIST). The --config files are read first, then the "
+        "command line; --local-steps is the same as --local_steps. Defaults stand in brackets.",
+        exit_on_error=False,  # errors become UserError, in `parse`
+        formatter_class=HelpFormatter,  # jsonargparse's own would repeat every type in words
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, metavar="FILE.yaml", help="Options, one a line. May be repeated."
+    )
+    group: Any = parser
+    for name, option in _FIELDS.items():
+        if option.metadata["group"]:
+            group = parser.add_argument_group(option.metadata["group"])
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        shown = json.dumps(default) if not isinstance(default, str) else default
+        names = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+        choices = f"{{{','.join(_CHOICES.get(name, ()))}}}"
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if _TYPES[name] is bool else {}
+        doc = f"{option.metadata['doc']} [{shown}]".replace("%", "%%")
+        metavar = names.get(_kinds(name)[0], choices)
+        group.add_argument(f"--{name}", type=_TYPES[name], default=default, help=doc, metavar=metavar, **bare)
+    return parser

@@ -1,0 +1,286 @@
+"""Streamed evaluation of the global model, with BatchNorm re-estimated on the way.
+
+The global model never stands on one device: the ranks walk it in order, and each pool block comes
+from its owner with the test scale K/P already folded in, is used, and is dropped (paper, section 3.2).
+Statistics gathered inside sub-ResNets are wrong for the scaled global model, so every BatchNorm's
+mean and variance are estimated anew, in float64, from a fixed set of un-augmented training images
+that the ranks share, just before that layer first normalises.
+
+Nothing here depends on the number of ranks: work is cut into groups and batches of fixed sizes, and
+what the ranks found is added up exactly, or in the order of the groups.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from resist_ds.comm import Comm
+from resist_ds.config import Config
+from resist_ds.data import Data
+from resist_ds.models import Blueprint
+from resist_ds.partition import Layout, Partition
+from resist_ds.subnet import Subnet, bind
+
+GROUP = 32  # calibration images that are convolved, and summed for the statistics, together
+
+Named = tuple[str, nn.Module]  # a module and its timm name in the global model
+Statistics = dict[str, tuple[Tensor, Tensor]]  # {timm name of a BatchNorm: (mean [C], variance [C])}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The global model on the test set: mean cross-entropy (nats), share of right answers, its statistics."""
+
+    loss: float
+    accuracy: float
+    statistics: Statistics
+
+
+class Evaluation:
+    """Evaluates the global model from what the workers of all ranks hold."""
+
+    def __init__(self, comm: Comm, layout: Layout, blueprint: Blueprint, data: Data, config: Config):
+        self.comm = comm
+        self.layout = layout
+        self.blueprint = blueprint
+        self.data = data
+        self.transit = config.transit_mib << 20
+        self.memory = config.eval_memory << 20
+        self._convert: dict[str, Any] = dict(
+            device=comm.device, dtype=getattr(torch, config.dtype), channels_last=config.channels_last
+        )
+        # Every rank takes whole groups; the images are spread evenly over the training set.
+        images = min(config.calibration_samples, data.train_size)
+        self._groups = -(-images // GROUP)
+        self._groups_per_rank = -(-self._groups // comm.size)
+        share = self._groups_per_rank * GROUP
+        chosen = np.linspace(0, data.train_size - 1, images).round().astype(np.int64)
+        self._calibration = chosen[comm.rank * share : (comm.rank + 1) * share]
+        size = config.eval_batch_size or config.batch_size
+        self._batches = [np.arange(i, min(i + size, data.test_size)) for i in range(0, data.test_size, size)]
+
+    @torch.no_grad()
+    def run(
+        self,
+        subnet: Subnet,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        scale: float,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> Result:
+        """Test the global model. Collective: all ranks; call it after a hand-off.
+
+        Args:
+            subnet: its shared part must be in place; its BatchNorm buffers are written.
+            vectors: state vector of each worker that this rank plays.
+            deal: the partition that the vectors are in.
+            scale: the test scale of the round that was trained.
+        """
+        walk = _Walk(self, subnet, vectors, deal, scale)
+        mine = range(self.comm.rank, len(self._batches), self.comm.size)
+        test = self.data.test_batches([self._batches[i] for i in mine], **self._convert)
+        subnet.module.eval()
+        with autocast or nullcontext():
+            calibration = walk.calibrate_before(self.data.train_images(self._calibration, **self._convert))
+            # As many batches wait for the next block as fit; every rank streams the pool equally often.
+            bytes_waiting = calibration[:0].new_empty(calibration.shape[1:]).nbytes * max(map(len, self._batches))
+            at_once = max(1, self.memory // bytes_waiting)
+            found: list[tuple[float, int, int]] = []
+            for _ in range(0, -(-len(self._batches) // self.comm.size), at_once):
+                chunk = list(islice(test, at_once))
+                labels = [y for _, y in chunk]
+                waiting = [walk.before(x) for x, _ in chunk]
+                del chunk
+                waiting, calibration = walk.pool(waiting, calibration)
+                for x, y in zip(waiting, labels, strict=True):
+                    logits = walk.after(x).double()
+                    right = (logits.argmax(1) == y).sum()
+                    found.append((F.cross_entropy(logits, y, reduction="sum").item(), int(right), len(y)))
+        subnet.module.train()
+        losses, rights, counts = zip(*(row for rows in self.comm.gather(found) for row in rows), strict=True)
+        samples = sum(counts)
+        assert samples == self.data.test_size
+        return Result(math.fsum(losses) / samples, sum(rights) / samples, walk.statistics)
+
+    def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance per channel over all ranks' calibration activations. Collective: all ranks.
+
+        Args:
+            x: this rank's share [n, C, …], possibly empty.
+
+        Returns:
+            float64 [C] each, in host memory; from count, Σx and Σx² (averaging variances is wrong).
+        """
+        sums = torch.zeros(self._groups_per_rank, 1 + 2 * x.shape[1], dtype=torch.float64, device=x.device)
+        for row, group in zip(sums, x.split(GROUP), strict=False):
+            values = group.double().transpose(0, 1).flatten(1)
+            row[0] = values.shape[1]
+            row[1 : 1 + x.shape[1]] = values.sum(1)
+            row[1 + x.shape[1] :] = values.square().sum(1)
+        total = self.comm.gather_rows(sums, "eval")[: self._groups].sum(0)  # without the last ranks' padding
+        mean, square = (total[1:] / total[0]).chunk(2)
+        return mean, (square - mean.square()).clamp_(min=0)
+
+
+class _Walk:
+    """One evaluation: the global model's parts in order, its statistics once they are known."""
+
+    def __init__(
+        self, evaluation: Evaluation, subnet: Subnet, vectors: Mapping[int, Tensor], deal: Partition, scale: float
+    ):
+        self.evaluation = evaluation
+        self.vectors = vectors
+        self.deal = deal
+        self.scale = scale
+        self.state = subnet.layout
+        self.device = subnet.vector.device
+        self.statistics: Statistics = {}
+        family = evaluation.blueprint.family
+        self._before = [(path, subnet.module.get_submodule(path)) for path in family.before]
+        self._after = [(path, subnet.module.get_submodule(path)) for path in family.after]
+        self._pool_is_calibrated = False
+
+    def calibrate_before(self, calibration: Tensor) -> Tensor:
+        """Estimate what comes before the pool; returns the calibration activations there."""
+        return self._calibrate(self._before, calibration)
+
+    def before(self, x: Tensor) -> Tensor:
+        return _run(self._before, x)
+
+    def after(self, x: Tensor) -> Tensor:
+        return _run(self._after, x)
+
+    def pool(self, waiting: list[Tensor], calibration: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Stream the pool past the waiting test activations. Collective: all ranks.
+
+        The first time, the statistics of every block, and of what comes after the pool, are estimated
+        just before they are needed; `calibration` is used up by that.
+        """
+        for block in self._stream():
+            if self._pool_is_calibrated:
+                self._restore(block)
+            else:
+                calibration = self._calibrate([block], calibration)
+            for i, x in enumerate(waiting):
+                waiting[i] = block[1](x)
+        if not self._pool_is_calibrated:
+            calibration = self._calibrate(self._after, calibration)
+            self._pool_is_calibrated = True
+        return waiting, calibration
+
+    def _calibrate(self, modules: Sequence[Named], calibration: Tensor) -> Tensor:
+        """Run the calibration share through `modules`; each BatchNorm is estimated before it normalises."""
+
+        def estimate(name: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.statistics[name] = self.evaluation.estimate(args[0])
+            _set(norm, *self.statistics[name])
+
+        hooks = [n.register_forward_pre_hook(partial(estimate, name)) for name, n in _batch_norms(modules)]
+        try:
+            with _InGroups():
+                return _run(modules, calibration)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore(self, block: Named) -> None:
+        for name, norm in _batch_norms([block]):
+            _set(norm, *self.statistics[name])
+
+    def _stream(self) -> Iterator[Named]:
+        """The pool's blocks in order, each usable until the next one is asked for. Collective: all ranks.
+
+        Where two blocks fit into the transit budget, the next one travels while this one works.
+        """
+        ahead = 2 * self.state.block.parameters * self._itemsize <= self.evaluation.transit
+        berths = [_Berth(self) for _ in range(1 + ahead)]
+        for block in range(self.deal.pool):
+            if block == 0 or not ahead:
+                berths[block % len(berths)].fetch(block)
+            if ahead and block + 1 < self.deal.pool:
+                berths[(block + 1) % len(berths)].fetch(block + 1)
+            yield self._name(block), berths[block % len(berths)].arrived()
+
+    def _name(self, block: int) -> str:
+        return self.evaluation.blueprint.block_prefix(block).rstrip(".")
+
+    @property
+    def _itemsize(self) -> int:
+        return next(iter(self.vectors.values())).element_size()
+
+
+class _Berth:
+    """Room for one pool block in transit: a flat vector and a module whose parameters are views of it."""
+
+    def __init__(self, walk: _Walk):
+        self.walk = walk
+        comm, layout = walk.evaluation.comm, walk.state.block
+        dtype = next(iter(walk.vectors.values())).dtype
+        self.buffer = comm.buffer(layout.parameters, dtype)
+        self.values = self.buffer if self.buffer.device == walk.device else self.buffer.to(walk.device)
+        self.module = walk.evaluation.blueprint.pool_block()
+        bind(self.module, layout.views(self.values))
+        self.module.eval()
+
+    def fetch(self, block: int) -> None:
+        """Start bringing a block here, folded by its owner. Collective: all ranks."""
+        walk = self.walk
+        comm, layout, deal = walk.evaluation.comm, walk.state.block, walk.deal
+        owner = deal.owners[block]
+        if owner in walk.vectors:
+            part = walk.state.slot_part(walk.vectors[owner], deal.blocks[owner].index(block))
+            self.buffer.copy_(part[: layout.parameters])
+            walk.evaluation.blueprint.fold(layout.views(self.buffer), walk.scale)
+        self._wait = comm.broadcast(self.buffer, walk.evaluation.layout.rank_of(owner), "eval")
+
+    def arrived(self) -> nn.Module:
+        """Wait for the block and return it."""
+        self._wait()
+        if self.values is not self.buffer:
+            self.values.copy_(self.buffer)
+        return self.module
+'''
+
+
+class _InGroups(TorchFunctionMode):
+    """Convolve a calibration batch group by group.
+
+    A convolution may round differently for another batch size, so that the statistics would depend on
+    how many ranks share the calibration set; groups of one size make them equal bit for bit.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.conv2d, F.linear) and len(args[0]) > GROUP:
+            return torch.cat([func(part, *args[1:], **kwargs) for part in args[0].split(GROUP)])
+        return func(*args, **kwargs)
+
+
+def _run(modules: Sequence[Named], x: Tensor) -> Tensor:
+    for _, module in modules:
+        x = module(x)
+    return x
+
+
+def _batch_norms(modules: Sequence[Named]) -> Iterator[Named]:
+    for path, module in modules:
+        for name, part in module.named_modules(prefix=path):
+            if isinstance(part, _BatchNorm):
+                yield name, part
+
+
+def _set(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    assert isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)

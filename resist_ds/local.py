@@ -1,0 +1,94 @@
+"""Local steps: what a worker does alone between two synchronisations (paper, section 3). No communication."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resist_ds.config import Config
+from resist_ds.subnet import Subnet
+from resist_ds.workers import Worker
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What some local steps of a worker came to: loss summed over images (nats), right answers, images, seconds."""
+
+    loss: float
+    right: int
+    images: int
+    seconds: float
+
+
+def learning_rate(config: Config, step: int, steps: int) -> float:
+    """Learning rate of local step `step` (0 … steps−1) of a run.
+
+    step: ÷10 at 50 % and 75 % of training, as in the authors' release; cosine: half a period down to 0.
+    A linear warm-up from 1/lr_warmup_steps multiplies either.
+    """
+    done = step / steps
+    factor = {
+        "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "constant": 1.0,
+    }[config.schedule]
+    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    return config.lr * factor * warm
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward pass under `--mixed_precision`."""
+    dtypes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[config.mixed_precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def local_steps(
+    subnet: Subnet,
+    worker: Worker,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    first: int,
+    count: int,
+    steps: int,
+    config: Config,
+) -> Tally:
+    """Train one worker, whose state is in `subnet`, on its next `count` batches.
+
+    Args:
+        first, steps: index of the first of these local steps in the run, and the run's length.
+    """
+    device = subnet.vector.device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    images = 0
+    start = time.perf_counter()
+    parameters = list(subnet.module.parameters())
+    for step, (x, y) in enumerate(islice(batches, count), start=first):
+        for group in subnet.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, steps)
+        micro = len(y) // config.accumulation_steps
+        for x_part, y_part in zip(x.split(micro), y.split(micro), strict=True):
+            with autocast(config, device):
+                logits = subnet.forward(x_part)
+                loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
+            worker.scaler.scale(loss / config.accumulation_steps).backward()
+            with torch.no_grad():
+                loss_sum += loss.detach() * len(y_part)
+                right += (logits.argmax(1) == y_part).sum()
+        if config.clip_grad:
+            worker.scaler.unscale_(subnet.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
+        worker.scaler.step(subnet.optimizer)
+        worker.scaler.update()
+        subnet.optimizer.zero_grad(set_to_none=True)
+        images += len(y)
+    loss_total, right_total = loss_sum.item(), int(right)  # waits for the device
+    return Tally(loss_total, right_total, images, time.perf_counter() - start)

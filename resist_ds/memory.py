@@ -1,0 +1,42 @@
+"""Peak memory over an interval, measured: allocated and reserved on a GPU, resident on a CPU."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+GIB = 1 << 30
+
+
+class PeakMemory:
+    """The highest memory use since the last reset, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
+            except OSError:
+                pass  # no such file, or not allowed: peaks are then since the start of the process
+
+    def read(self) -> tuple[int, int]:
+        """(peak, reserved): allocated and reserved by torch on a GPU; resident, twice, on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        peak = _resident_peak()
+        return peak, peak
+
+
+def _resident_peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) << 10
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10

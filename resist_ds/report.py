@@ -1,0 +1,172 @@
+"""The words of a run: its first lines, which say what will happen, and the table at its end."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from resist_ds.comm import Comm
+from resist_ds.config import Config
+from resist_ds.data import Data
+from resist_ds.memory import GIB
+from resist_ds.models import Blueprint
+from resist_ds.partition import Layout, Partition, sample_partition, slots_for, synchronisation_bytes
+from resist_ds.subnet import StateLayout
+from resist_ds.telemetry import PHASES, Totals
+
+
+@dataclass(frozen=True)
+class Job:
+    """The facts of a run."""
+
+    config: Config
+    comm: Comm
+    layout: Layout
+    blueprint: Blueprint
+    data: Data
+    rounds: int
+
+    def settings(self) -> dict[str, Any]:
+        """Every option and what was derived from them, for the tracker and the summary."""
+        versions = {name: version(name) for name in ("torch", "timm", "accelerate", "deepspeed")}
+        return {
+            **self.config.to_dict(),
+            "W": self.layout.workers,
+            "R": self.layout.ranks,
+            "K": slots_for(self.layout.workers, self.blueprint.pool, self.config.min_blocks),
+            "P": self.blueprint.pool,
+            "total_rounds": self.rounds,
+            "device": self.comm.device.type,
+            "backend": self.comm.backend,
+            "versions": versions,
+        }
+
+    def planned_bytes(self, min_blocks: int) -> float:
+        """Bytes a round with one worker per rank, by the plan; mean over the run's first rounds."""
+        config, pool, workers = self.config, self.blueprint.pool, self.layout.workers
+        layout = StateLayout.of(self.blueprint, config, slots=1)
+        travel = config.optimizer_state == "travel"
+        itemsize = getattr(torch, config.dtype).itemsize
+        deals = [
+            sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=min_blocks) for r in range(21)
+        ]
+        return fmean(
+            synchronisation_bytes(
+                now,
+                then,
+                Layout(workers, workers),
+                block=itemsize * (layout.block.numel if travel else layout.block.parameters),
+                shared=itemsize * (layout.shared.numel if travel else layout.shared.parameters),
+            )
+            for now, then in zip(deals, deals[1:], strict=False)
+        )
+
+
+def opening(job: Job, deal: Partition) -> str:
+    """What will happen: model and data, W, R and K, who plays what, the device; and hints."""
+    config, comm, layout, blueprint, data = job.config, job.comm, job.layout, job.blueprint, job.data
+    pool, workers = blueprint.pool, layout.workers
+    slots = slots_for(workers, pool, config.min_blocks)
+    held = blueprint.parameters_held(slots) / blueprint.parameters
+    plays = [f"rank {r}: {_span(layout.workers_of(r))}" for r in range(min(8, layout.ranks))]
+    more = f", … ({layout.ranks} ranks)" if layout.ranks > 8 else ""
+    lines = [
+        f"{config.model}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of P = {pool} blocks",
+        f"{data.name}: {data.train_size:,} training and {data.test_size:,} test images, "
+        f"{data.num_classes} classes, {data.img_size}×{data.img_size}",
+        f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}, each with K = {slots} of {pool} "
+        f"pool blocks: {100 * held:.0f} % of the parameters",
+        f"who plays whom: {'; '.join(plays)}{more}",
+        f"device: {_device(comm)}, {_count(config.cpu_threads, 'CPU thread')} per rank, exchange over {comm.backend}",
+        f"{job.rounds} rounds of {config.local_steps} local steps × {config.batch_size} images per worker",
+    ]
+    if config.warmup_rounds:
+        lines.append(f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model")
+    if workers > 1 and slots == pool:
+        lines.append(f"note: every worker holds the whole pool of {pool}, so nothing is partitioned (local SGD)")
+    asked = _ranks_asked_for()
+    if asked is not None and asked > layout.ranks:
+        lines.append(
+            f"note: the launcher was asked for {asked} ranks and started {layout.ranks}; for {asked} type "
+            f"accelerate launch --multi_gpu --num_processes {asked} train.py (without --cpu, also on a CPU)"
+        )
+    return "\n".join(lines)
+
+
+def closing(job: Job, deal: Partition, totals: Totals, baseline: int) -> str:
+    """What did happen: a row per worker, then the run."""
+    blueprint, layout = job.blueprint, job.layout
+    held = blueprint.parameters_held(deal.slots)
+    rows = [("worker", "rank", "blocks held", "parameters held", *(f"peak {p}" for p in PHASES), "samples/s")]
+    for worker in range(layout.workers):
+        rank = layout.rank_of(worker)
+        rows.append(
+            (
+                str(worker),
+                str(rank),
+                f"{deal.slots} of {deal.pool}",
+                f"{held / 1e6:.2f} M of {blueprint.parameters / 1e6:.2f} M ({100 * held / blueprint.parameters:.0f} %)",
+                *(f"{totals.peak.get((phase, rank), 0) / GIB:.2f} GiB" for phase in PHASES),
+                f"{totals.images[worker] / totals.seconds[worker]:.0f}",
+            )
+        )
+    where = "allocated on the GPU" if job.comm.device.type == "cuda" else "resident"
+    ours, local_sgd = job.planned_bytes(job.config.min_blocks), job.planned_bytes(deal.pool)
+    state = "with momentum" if job.config.optimizer_state == "travel" else "momentum stays behind"
+    lines = [
+        _table(rows),
+        f"peaks are those of the rank ({where}); {baseline / GIB:.2f} GiB were in use before the run began (imports)",
+        f"global model: {100 * totals.accuracy[-1]:.2f} % test accuracy (best {100 * max(totals.accuracy):.2f} %)",
+        f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
+        f"{_count(layout.ranks, 'rank')}",
+    ]
+    if layout.workers > 1:
+        lines.append(
+            f"  planned for one worker per rank: {_megabytes(ours)}, local SGD {_megabytes(local_sgd)} "
+            f"({100 * ours / local_sgd:.0f} %)"
+        )
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _span(workers: Sequence[int]) -> str:
+    return f"worker {workers[0]}" if len(workers) == 1 else f"workers {workers[0]}–{workers[-1]}"
+
+
+def _device(comm: Comm) -> str:
+    if comm.device.type == "cuda":
+        shared = ", shared by several ranks" if comm.backend == "gloo" else ""
+        return f"{torch.cuda.get_device_name(comm.device)}{shared}"
+    return "CPU"
+
+
+def _ranks_asked_for() -> int | None:
+    """How many ranks the launcher above this process was visibly asked for, or None.
+
+    `accelerate launch --cpu --num_processes 2` starts one process without a word.
+    """
+    try:
+        parent = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[1]
+        command = Path(f"/proc/{parent}/cmdline").read_text().replace("\0", " ")
+    except (OSError, IndexError):
+        return None
+    found = re.search(r"--(?:num_processes|num_gpus|nproc[_-]per[_-]node)[ =](\d+)", command)
+    return int(found.group(1)) if found else None

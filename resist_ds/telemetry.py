@@ -1,0 +1,289 @@
+"""What a run tells: metrics.jsonl, trackers through accelerate (wandb first), a progress bar. Rank 0 writes.
+
+The keys are the same everywhere. A round's figures come from all ranks: seconds are those of the slowest
+rank, bytes are summed, peaks are per rank and of the largest.
+"""
+
+import importlib.util
+import json
+import math
+import netrc
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from resist_ds.comm import Comm
+from resist_ds.config import Config
+from resist_ds.errors import UserError
+from resist_ds.local import Tally
+from resist_ds.memory import GIB, PeakMemory
+
+PHASES = ("local", "sync", "eval")
+
+
+@dataclass
+class Figures:
+    """One rank's measurements over an interval: a round, or an evaluation.
+
+    Attributes:
+        tallies: training tally of each worker that the rank plays.
+        seconds, peak, reserved: per phase; bytes of memory.
+        sent: bytes sent to other ranks, by kind of exchange.
+    """
+
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, int] = field(default_factory=dict)
+    sent: Counter[str] = field(default_factory=Counter)
+
+
+class Meter:
+    """Measures the phases of this rank.
+
+    Attributes:
+        baseline: bytes in use before the run has begun: on a CPU, what the imports alone take.
+    """
+
+    def __init__(self, comm: Comm):
+        self._comm = comm
+        self._memory = PeakMemory(comm.device)
+        self._figures = Figures()
+        self._memory.reset()
+        self.baseline, _ = self._memory.read()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase and take its peak of memory; the device is waited for at its end."""
+        self._memory.reset()
+        start = time.perf_counter()
+        yield
+        if self._comm.device.type == "cuda":
+            torch.cuda.synchronize(self._comm.device)
+        self._figures.seconds[name] = time.perf_counter() - start
+        self._figures.peak[name], self._figures.reserved[name] = self._memory.read()
+
+    def tally(self, worker: int, tally: Tally) -> None:
+        self._figures.tallies[worker] = tally
+
+    def take(self) -> Figures:
+        """The figures since the last call."""
+        figures, self._figures = self._figures, Figures()
+        figures.sent = Counter(self._comm.ledger)
+        self._comm.ledger.clear()
+        return figures
+
+
+def _slowest(ranks: Sequence[Figures], phase: str) -> float:
+    return max(f.seconds.get(phase, 0.0) for f in ranks)
+
+
+def memory_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
+    """mem/… keys: peaks over the interval's phases, GiB; of the largest rank, and of each."""
+    peaks = [max(f.peak.values()) for f in ranks]
+    metrics = {"mem/peak_gib": max(peaks) / GIB}
+    metrics["mem/reserved_gib"] = max(max(f.reserved.values()) for f in ranks) / GIB
+    for phase in PHASES:
+        if any(phase in f.peak for f in ranks):
+            metrics[f"mem/{phase}_gib"] = max(f.peak.get(phase, 0) for f in ranks) / GIB
+    return metrics | {f"mem/peak_gib/rank{rank}": peak / GIB for rank, peak in enumerate(peaks)}
+
+
+def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
+    """train/…, perf/…, comm/… and mem/… keys of a round from all ranks' figures."""
+    tallies = dict(sorted(item for f in ranks for item in f.tallies.items())).values()
+    images = sum(t.images for t in tallies)
+    local, sync = _slowest(ranks, "local"), _slowest(ranks, "sync")
+    return {
+        "train/loss": math.fsum(t.loss for t in tallies) / images,
+        "train/accuracy": sum(t.right for t in tallies) / images,
+        "perf/samples_per_s": images / (local + sync),
+        "perf/local_s": local,
+        "perf/sync_s": sync,
+        "comm/bytes_round": sum(f.sent["aggregate"] + f.sent["hand_off"] for f in ranks),
+        **memory_metrics(ranks),
+    }
+
+
+@dataclass
+class Totals:
+    """What a run has come to so far, from all ranks' figures.
+
+    Attributes:
+        images, seconds: per worker, of its local steps.
+        peak: per phase and rank, bytes.
+        bytes_round, bytes_total: bytes of synchronisation alone, and of everything.
+        accuracy: of every evaluation, in order.
+    """
+
+    images: Counter[int] = field(default_factory=Counter)
+    seconds: Counter[int] = field(default_factory=Counter)
+    peak: dict[tuple[str, int], int] = field(default_factory=dict)
+    bytes_sync: int = 0
+    bytes_total: int = 0
+    rounds: int = 0
+    accuracy: list[float] = field(default_factory=list)
+
+    def add(self, ranks: Sequence[Figures]) -> None:
+        for rank, figures in enumerate(ranks):
+            for worker, tally in figures.tallies.items():
+                self.images[worker] += tally.images
+                self.seconds[worker] += tally.seconds  # type: ignore[assignment]
+            for phase, peak in figures.peak.items():
+                self.peak[phase, rank] = max(peak, self.peak.get((phase, rank), 0))
+            self.bytes_sync += figures.sent["aggregate"] + figures.sent["hand_off"]
+            self.bytes_total += figures.sent.total()
+
+
+class Telemetry:
+    """Writes records on rank 0, counts totals on all. Use as a context."""
+
+    def __init__(self, comm: Comm, config: Config, rounds: int):
+        self._main = comm.rank == 0
+        self._config = config
+        self._file: TextIO | None = None
+        self._accelerator: Accelerator | None = None
+        self._bar: tqdm[Any] | None = None
+        self._rounds = rounds
+        self._comm = comm
+        self._last: dict[str, Any] = {}
+        self._shown: dict[str, str] = {}
+        self.totals = Totals()
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Open the run's files and its tracker. Collective: all ranks.
+
+        Args:
+            settings: what the tracker shows as the run's configuration.
+        """
+        config = self._config
+        _check_tracker(config)
+        # Every rank makes one, as accelerate expects; its process group is the one that comm has made.
+        accelerator = Accelerator(
+            cpu=self._comm.device.type == "cpu",
+            mixed_precision="no",
+            log_with=None if config.log_with == "none" else config.log_with,
+            project_dir=config.output_dir,
+        )
+        assert accelerator.num_processes == self._comm.size, (accelerator.num_processes, self._comm.size)
+        if self._main:
+            folder = Path(config.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "metrics.jsonl").open("w", buffering=1)
+            if config.progress:
+                self._bar = tqdm(total=self._rounds, unit="round", dynamic_ncols=True, disable=None)
+        if config.log_with != "none":
+            self._start_tracker(accelerator, settings)
+
+    def _start_tracker(self, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+        config = self._config
+        options: dict[str, Any] = {}
+        if config.log_with == "wandb":
+            online = _wants_wandb_online(config)
+            options["wandb"] = {"name": config.run_name, "dir": config.output_dir, "save_code": False}
+            if not online and "WANDB_MODE" not in os.environ:
+                options["wandb"] |= {"mode": "offline"}
+            if not online:
+                os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            accelerator.init_trackers(config.wandb_project or "resist_ds", dict(settings), init_kwargs=options)
+            if self._main and config.log_with == "wandb":
+                run = accelerator.get_tracker("wandb", unwrap=True)
+                run.define_metric("*", step_metric="global_step")
+        except Exception as error:  # a tracker that is down must not stop a run; metrics.jsonl has it all
+            if self._main:
+                self.say(f"warning: {config.log_with} could not be started, going on without it: {error}")
+            return
+        self._accelerator = accelerator
+
+    def round(self, position: Mapping[str, Any], ranks: Sequence[Figures]) -> None:
+        """A round is done."""
+        self.totals.add(ranks)
+        self.totals.rounds += 1
+        metrics = round_metrics(ranks)
+        self._record("round", {**position, **metrics, "comm/bytes_total": self.totals.bytes_total})
+        if self._bar is not None:
+            self._shown |= {"loss": f"{metrics['train/loss']:.3f}", "img/s": f"{metrics['perf/samples_per_s']:.0f}"}
+            self._bar.set_postfix(self._shown, refresh=False)
+            self._bar.update()
+
+    def evaluation(
+        self, position: Mapping[str, Any], ranks: Sequence[Figures], loss: float, accuracy: float
+    ) -> None:
+        """The global model was tested."""
+        self.totals.add(ranks)
+        self.totals.accuracy.append(accuracy)
+        metrics = {
+            **position,
+            "eval/loss": loss,
+            "eval/accuracy": accuracy,
+            "perf/eval_s": _slowest(ranks, "eval"),
+            "comm/bytes_eval": sum(f.sent["eval"] for f in ranks),
+            "comm/bytes_total": self.totals.bytes_total,
+            **memory_metrics(ranks),
+        }
+        self._record("eval", metrics)
+        self._shown["test"] = f"{100 * accuracy:.2f}%"
+
+    def summary(self, settings: Mapping[str, Any]) -> None:
+        """The run is done: the last values once more, and the best accuracy."""
+        best = {"eval/best_accuracy": max(self.totals.accuracy)} if self.totals.accuracy else {}
+        self._record("summary", {**self._last, **best, "settings": dict(settings)})
+
+    def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to the tracker."""
+        self._last |= metrics
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, **metrics}) + "\n")
+        if self._accelerator is not None and kind != "summary":
+            try:
+                self._accelerator.log(dict(metrics))
+            except Exception as error:
+                self.say(f"warning: {self._config.log_with} failed, going on without it: {error}")
+                self._accelerator = None
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal, above the progress bar; from rank 0."""
+        if self._main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+
+def _check_tracker(config: Config) -> None:
+    if config.log_with != "none" and importlib.util.find_spec(config.log_with) is None:
+        raise UserError(f"--log_with {config.log_with}: type pip install {config.log_with}, or --log_with none")
+
+
+def _wants_wandb_online(config: Config) -> bool:
+    """Whether the user asked for more than files: a key, a login or a project."""
+    if config.wandb_project or os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

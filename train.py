@@ -1,0 +1,19 @@
+"""Entry point of every launcher: python, accelerate launch, deepspeed, torchrun. See `train.py --help`."""
+
+import os
+import sys
+
+from resist_ds.config import parse
+from resist_ds.errors import RunError
+
+if __name__ == "__main__":
+    try:
+        config = parse()
+    except RunError as error:  # every rank reads the same words: the first of each machine answers
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+    from resist_ds.trainer import main  # after parsing, so that --help and mistakes do not wait for torch
+
+    sys.exit(main(config))
