@@ -37,8 +37,13 @@ class Comm:
         ledger: bytes sent to other ranks.
     """
 
-    def __init__(self, timeout: timedelta = timedelta(minutes=30)):
-        """Join the job that the launcher's environment describes. Collective: all ranks."""
+    def __init__(self, timeout: timedelta = timedelta(minutes=30), init_method: str | None = None):
+        """Join the job that the launcher's environment describes. Collective: all ranks.
+
+        Args:
+            timeout: how long a collective waits for the others.
+            init_method: rendezvous URL; default: the launcher's MASTER_ADDR and MASTER_PORT.
+        """
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -49,7 +54,14 @@ class Comm:
         if gpus:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            _connect("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout)
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpus else "gloo",
+                init_method=init_method,
+                timeout=timeout,
+                rank=self.rank,
+                world_size=self.size,
+            )
+            _deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
         shared_gpu = any(self.gather(self.local_size > gpus))
         self.buffer_device = torch.device("cpu") if shared_gpu else self.device
 
@@ -138,12 +150,6 @@ def _portable(error: Exception | None) -> RunError | None:
     if error is None:
         return None
     return RunError(f"a rank failed with {type(error).__name__}: {error}")
-
-
-def _connect(backend: str, timeout: timedelta) -> None:
-    """Make the default process group and hand it to DeepSpeed."""
-    torch.distributed.init_process_group(backend, timeout=timeout)
-    _deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 @cache

@@ -250,7 +250,6 @@ class _Berth:
         if self.values is not self.buffer:
             self.values.copy_(self.buffer)
         return self.module
-'''
 
 
 class _InGroups(TorchFunctionMode):

@@ -344,8 +344,8 @@ def test_large_images_are_augmented_by_sample_in_whatever_process(folder):
         data = load_data(Config(**options, data_workers=workers))
         got = batches(data, [(1, part) for part in np.array_split(samples[::-1], parts)])
         assert torch.equal(torch.cat([x for x, _ in got]), reference.flip(0))
-    box, flip = resized_crop(0, 1, 7, *Image.open(data.train.paths[7]).size)
     with Image.open(data.train.paths[7]) as file:
+        box, flip = resized_crop(0, 1, 7, *file.size)
         expected = v2.functional.pil_to_tensor(file.convert("RGB").crop(box).resize((70, 70), 2))
     expected = expected.flip(2) if flip else expected
     raw = next(data.train.stream([(1, np.array([7]))], pin=False)).images[0]

@@ -1,0 +1,82 @@
+"""Runs a function on several ranks: warm processes, gloo over a file, and a time-out that kills a hang."""
+
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Forked from one process that has imported everything once: a rank starts in milliseconds instead of 5 s.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.warm"])
+
+Ranks = Callable[..., list[Any]]
+
+
+def _rank(function: Callable[..., Any], rank: int, size: int, store: str, results: Any, args: tuple[Any, ...]) -> None:
+    """The life of one rank."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    import torch
+
+    from resist_ds.comm import Comm
+
+    torch.set_num_threads(1)
+    try:
+        comm = Comm(init_method=f"file://{store}")
+        result = function(comm, *args)
+        comm.close()
+        results.put((rank, result, None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, store: Path, timeout: float = 90) -> list[Any]:
+    """Call `function(comm, *args)`, importable and picklable, on `size` ranks; returns what each returned.
+
+    Results travel as pickles: tensors as numpy arrays or through files, please.
+    """
+    results = _CONTEXT.Queue()
+    ranks = [
+        _CONTEXT.Process(target=_rank, args=(function, rank, size, str(store), results, args), daemon=True)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout
+    returned: dict[int, Any] = {}
+    try:
+        while len(returned) < size:
+            try:
+                rank, result, error = results.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+            except queue.Empty:
+                dead = [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in returned]
+                if dead:
+                    pytest.fail(f"ranks {dead} died, exit codes {[ranks[r].exitcode for r in dead]}")
+                if time.monotonic() > deadline:
+                    missing = sorted(set(range(size)) - set(returned))
+                    pytest.fail(f"ranks {missing} of {size} hung for {timeout} s")
+                continue
+            if error is not None:
+                pytest.fail(f"rank {rank} of {size} failed:\n{error}")
+            returned[rank] = result
+        for process in ranks:
+            process.join(10)
+    finally:
+        for process in ranks:
+            process.kill()
+    return [returned[rank] for rank in range(size)]
+
+
+@pytest.fixture
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """`ranks(function, size, *args)` calls `function(comm, *args)` on `size` ranks and returns what they returned."""
+
+    def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 90) -> list[Any]:
+        return run_ranks(function, size, *args, store=tmp_path_factory.mktemp("store") / "rendezvous", timeout=timeout)
+
+    return run

@@ -1,0 +1,8 @@
+"""Imported once by the process that the tests' ranks are forked from, so that they need not import it again."""
+
+import sklearn.datasets  # noqa: F401
+
+import resist_ds.trainer  # noqa: F401
+from resist_ds import comm
+
+comm._deepspeed()
