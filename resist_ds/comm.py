@@ -78,7 +78,12 @@ class Comm:
         return torch.empty(numel, dtype=dtype, device=self.buffer_device, pin_memory=pinned)
 
     def all_to_all(
-        self, send: Tensor, receive: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], kind: str
+        self,
+        send: Tensor,
+        receive: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        kind: str,
     ) -> None:
         """Exchange contiguous segments, `send_counts[r]` elements to rank r. Collective: all ranks.
 
@@ -132,7 +137,11 @@ class Comm:
             result = work()
         except Exception as e:
             error = e
-        failed = [e for e in self.gather(error if isinstance(error, RunError) else _portable(error)) if e is not None]
+        failed = [
+            e
+            for e in self.gather(error if isinstance(error, RunError) else _portable(error))
+            if e is not None
+        ]
         if failed:
             if error is not None and not isinstance(error, RunError):
                 raise error  # a defect: this rank shows where

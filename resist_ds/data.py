@@ -144,11 +144,7 @@ class OnDisk:
                     raise batch
                 epoch, samples, images = batch
                 yield HostBatch(epoch, samples, images, self.labels[_rows(samples)])
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-        ) as error:  # a loader process was killed, mostly for its memory
+        except (RuntimeError, OSError, EOFError) as error:  # a process was killed, mostly for its memory
             raise RunError(f"a loader process ended ({_reason(error)}): try fewer --data_workers") from None
 
 

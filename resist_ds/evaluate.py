@@ -94,7 +94,9 @@ class Evaluation:
         with autocast or nullcontext():
             calibration = walk.calibrate_before(self.data.train_images(self._calibration, **self._convert))
             # As many batches wait for the next block as fit; every rank streams the pool equally often.
-            bytes_waiting = calibration[:0].new_empty(calibration.shape[1:]).nbytes * max(map(len, self._batches))
+            bytes_waiting = calibration[:0].new_empty(calibration.shape[1:]).nbytes * max(
+                map(len, self._batches)
+            )
             at_once = max(1, self.memory // bytes_waiting)
             found: list[tuple[float, int, int]] = []
             for _ in range(0, -(-len(self._batches) // self.comm.size), at_once):
@@ -137,7 +139,12 @@ class _Walk:
     """One evaluation: the global model's parts in order, its statistics once they are known."""
 
     def __init__(
-        self, evaluation: Evaluation, subnet: Subnet, vectors: Mapping[int, Tensor], deal: Partition, scale: float
+        self,
+        evaluation: Evaluation,
+        subnet: Subnet,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        scale: float,
     ):
         self.evaluation = evaluation
         self.vectors = vectors

@@ -19,7 +19,7 @@ from resist_ds.workers import Worker
 
 @dataclass(frozen=True)
 class Tally:
-    """What some local steps of a worker came to: loss summed over images (nats), right answers, images, seconds."""
+    """What a worker's local steps came to; the loss is summed over the images (nats)."""
 
     loss: float
     right: int

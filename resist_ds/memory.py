@@ -1,5 +1,6 @@
 """Peak memory over an interval, measured: allocated and reserved on a GPU, resident on a CPU."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -20,10 +21,9 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is resident now
-            except OSError:
-                pass  # no such file, or not allowed: peaks are then since the start of the process
+            # Linux: the peak becomes what is resident now. Elsewhere peaks are since the process started.
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> tuple[int, int]:
         """(peak, reserved): allocated and reserved by torch on a GPU; resident, twice, on a CPU."""

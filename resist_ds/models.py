@@ -74,13 +74,13 @@ CIFAR_NETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "preact_resnet101": ((3, 4, 23, 3), (64, 128, 256, 512)),
     "preact_resnet152": ((3, 4, 36, 3), (64, 128, 256, 512)),
     "preact_resnet200": ((3, 4, 50, 3), (64, 128, 256, 512)),
-    "preact_resnet_small": ((1, 1, 9, 1), (16, 32, 64, 128)),
+    "preact_resnet_small": ((1, 1, 9, 1), (8, 16, 32, 64)),
 }
 
 
 def _cifar_net(name: str, num_classes: int) -> nn.Module:
     layers, channels = CIFAR_NETS[name]
-    # bottle_ratio: timm's default of 0.25 would make a basic block a bottleneck (10.5 M parameters, not 41.4 M)
+    # bottle_ratio: timm's default of 0.25 would narrow the blocks (10.5 M parameters, not 41.4 M)
     net = resnetv2.ResNetV2(
         layers=list(layers),
         channels=channels,
@@ -109,8 +109,8 @@ def _registrations(hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
         return tensor if tensor is None else hook(tensor)
 
     handles = (
-        nn_module.register_module_parameter_registration_hook(replaced),
-        nn_module.register_module_buffer_registration_hook(replaced),
+        nn_module.register_module_parameter_registration_hook(replaced),  # type: ignore[arg-type]
+        nn_module.register_module_buffer_registration_hook(replaced),  # type: ignore[arg-type]
     )
     try:
         yield
@@ -138,7 +138,9 @@ class Blueprint:
         self.num_classes = num_classes
         self._construct = _cifar_net if name in CIFAR_NETS else _timm_net
         if name not in CIFAR_NETS and not timm.is_model(name):
-            near = difflib.get_close_matches(name, sorted({*CIFAR_NETS, *TESTED, *timm.list_models("resnet*")}), 3)
+            near = difflib.get_close_matches(
+                name, sorted({*CIFAR_NETS, *TESTED, *timm.list_models("resnet*")}), 3
+            )
             raise UserError(f"unknown --model {name}" + (f" (nearest: {', '.join(near)})" if near else ""))
 
         # The constructor registers its tensors in the same order every time: the place in that order
@@ -162,14 +164,21 @@ class Blueprint:
         )
         self.block: Shapes = tuple((n, tuple(p.shape)) for n, p in blocks[1].named_parameters())
         self.branch_end = self.family.branch_end[type(blocks[1])]
-        stateful = [n for n, m in net.named_modules() if [*m.buffers(recurse=False)] and not isinstance(m, _BatchNorm)]
+        stateful = [
+            n for n, m in net.named_modules() if [*m.buffers(recurse=False)] and not isinstance(m, _BatchNorm)
+        ]
         if stateful:  # evaluation re-estimates BatchNorm's statistics; any other state would be lost
-            raise UserError(f"--model {name}: {stateful[0]} keeps state that is not BatchNorm's. {_families()}")
+            raise UserError(
+                f"--model {name}: {stateful[0]} keeps state that is not BatchNorm's. {_families()}"
+            )
         self._check_foldable()
 
     def _family(self, net: nn.Module) -> Family:
         for family in FAMILIES:
-            if isinstance(net, family.net) and type(net.get_submodule(f"{family.section}.0")) in family.branch_end:
+            if (
+                isinstance(net, family.net)
+                and type(net.get_submodule(f"{family.section}.0")) in family.branch_end
+            ):
                 return family
         raise UserError(f"--model {self.name} is of no family that ResIST can partition. {_families()}")
 
@@ -190,7 +199,9 @@ class Blueprint:
         """A meta-device sub-ResNet with `slots` places for pool blocks; parameters named as in timm."""
         net = copy.deepcopy(self._net)
         parent, _, name = self.family.section.rpartition(".")
-        setattr(net.get_submodule(parent), name, net.get_submodule(self.family.section)[: 1 + slots])
+        section = net.get_submodule(self.family.section)
+        assert isinstance(section, nn.Sequential)
+        setattr(net.get_submodule(parent), name, section[: 1 + slots])
         return net
 
     def pool_block(self) -> nn.Module:
@@ -267,11 +278,15 @@ class Blueprint:
 
 
 def _families() -> str:
-    return f"Models that can: {', '.join(TESTED)}, {', '.join(CIFAR_NETS)}, and timm nets built of the same blocks."
+    names = ", ".join((*TESTED, *CIFAR_NETS))
+    return f"Models that can: {names}, and timm nets built of the same blocks."
 
 
 def _structure(block: nn.Module) -> tuple[object, ...]:
-    """What makes two blocks interchangeable: classes, shapes and plain attributes (`repr` merges some that differ)."""
+    """What makes two blocks interchangeable: classes, plain attributes and shapes.
+
+    (`repr` would merge some that differ.)
+    """
     plain = (int, float, str, bool, tuple, type(None))
     return tuple(
         (name, type(m), *((k, v) for k, v in sorted(vars(m).items()) if isinstance(v, plain)))

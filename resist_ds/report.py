@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -53,7 +54,8 @@ class Job:
         travel = config.optimizer_state == "travel"
         itemsize = getattr(torch, config.dtype).itemsize
         deals = [
-            sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=min_blocks) for r in range(21)
+            sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=min_blocks)
+            for r in range(21)
         ]
         return fmean(
             synchronisation_bytes(
@@ -63,7 +65,7 @@ class Job:
                 block=itemsize * (layout.block.numel if travel else layout.block.parameters),
                 shared=itemsize * (layout.shared.numel if travel else layout.shared.parameters),
             )
-            for now, then in zip(deals, deals[1:], strict=False)
+            for now, then in pairwise(deals)
         )
 
 
@@ -79,16 +81,21 @@ def opening(job: Job, deal: Partition) -> str:
         f"{config.model}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of P = {pool} blocks",
         f"{data.name}: {data.train_size:,} training and {data.test_size:,} test images, "
         f"{data.num_classes} classes, {data.img_size}×{data.img_size}",
-        f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}, each with K = {slots} of {pool} "
-        f"pool blocks: {100 * held:.0f} % of the parameters",
+        f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}, "
+        f"each with K = {slots} of {pool} pool blocks: {100 * held:.0f} % of the parameters",
         f"who plays whom: {'; '.join(plays)}{more}",
-        f"device: {_device(comm)}, {_count(config.cpu_threads, 'CPU thread')} per rank, exchange over {comm.backend}",
+        f"device: {_device(comm)}, {_count(config.cpu_threads, 'CPU thread')} per rank, "
+        f"{'exchange over ' + comm.backend if comm.size > 1 else 'nothing to send'}",
         f"{job.rounds} rounds of {config.local_steps} local steps × {config.batch_size} images per worker",
     ]
     if config.warmup_rounds:
-        lines.append(f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model")
+        lines.append(
+            f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model"
+        )
     if workers > 1 and slots == pool:
-        lines.append(f"note: every worker holds the whole pool of {pool}, so nothing is partitioned (local SGD)")
+        lines.append(
+            f"note: every worker holds the whole pool of {pool}, so nothing is partitioned (local SGD)"
+        )
     asked = _ranks_asked_for()
     if asked is not None and asked > layout.ranks:
         lines.append(
@@ -101,7 +108,7 @@ def opening(job: Job, deal: Partition) -> str:
 def closing(job: Job, deal: Partition, totals: Totals, baseline: int) -> str:
     """What did happen: a row per worker, then the run."""
     blueprint, layout = job.blueprint, job.layout
-    held = blueprint.parameters_held(deal.slots)
+    held, full = blueprint.parameters_held(deal.slots), blueprint.parameters
     rows = [("worker", "rank", "blocks held", "parameters held", *(f"peak {p}" for p in PHASES), "samples/s")]
     for worker in range(layout.workers):
         rank = layout.rank_of(worker)
@@ -110,7 +117,7 @@ def closing(job: Job, deal: Partition, totals: Totals, baseline: int) -> str:
                 str(worker),
                 str(rank),
                 f"{deal.slots} of {deal.pool}",
-                f"{held / 1e6:.2f} M of {blueprint.parameters / 1e6:.2f} M ({100 * held / blueprint.parameters:.0f} %)",
+                f"{held / 1e6:.2f} M of {full / 1e6:.2f} M ({100 * held / full:.0f} %)",
                 *(f"{totals.peak.get((phase, rank), 0) / GIB:.2f} GiB" for phase in PHASES),
                 f"{totals.images[worker] / totals.seconds[worker]:.0f}",
             )
@@ -120,8 +127,10 @@ def closing(job: Job, deal: Partition, totals: Totals, baseline: int) -> str:
     state = "with momentum" if job.config.optimizer_state == "travel" else "momentum stays behind"
     lines = [
         _table(rows),
-        f"peaks are those of the rank ({where}); {baseline / GIB:.2f} GiB were in use before the run began (imports)",
-        f"global model: {100 * totals.accuracy[-1]:.2f} % test accuracy (best {100 * max(totals.accuracy):.2f} %)",
+        f"peaks are those of the rank ({where}); "
+        f"{baseline / GIB:.2f} GiB were in use before the run began (imports)",
+        f"global model: {100 * totals.accuracy[-1]:.2f} % test accuracy "
+        f"(best {100 * max(totals.accuracy):.2f} %)",
         f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
         f"{_count(layout.ranks, 'rank')}",
     ]

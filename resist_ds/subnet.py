@@ -70,7 +70,8 @@ class PartLayout:
     def views(self, part: Tensor, row: int = 0) -> dict[str, Tensor]:
         """Views of a part's vector: row 0 the parameters, row i the optimizer's i-th state vector."""
         return {
-            name: self._view(part, row * self.parameters + self.offsets[name], shape) for name, shape in self.shapes
+            name: self._view(part, row * self.parameters + self.offsets[name], shape)
+            for name, shape in self.shapes
         }
 
     def _view(self, part: Tensor, offset: int, shape: tuple[int, ...]) -> Tensor:
@@ -95,7 +96,7 @@ class PartLayout:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Where the parts lie in a worker's vector. Layouts that differ in `slots` alone agree where both have parts."""
+    """Where the parts lie in a worker's vector; the first slots lie alike whatever the number of slots."""
 
     shared: PartLayout
     block: PartLayout
@@ -104,7 +105,9 @@ class StateLayout:
     @classmethod
     def of(cls, blueprint: Blueprint, config: Config, slots: int) -> "StateLayout":
         state = OptimizerState.of(config)
-        shared, block = (PartLayout(shapes, state, config.channels_last) for shapes in (blueprint.shared, blueprint.block))
+        shared, block = (
+            PartLayout(shapes, state, config.channels_last) for shapes in (blueprint.shared, blueprint.block)
+        )
         return cls(shared, block, slots)
 
     @property
@@ -157,7 +160,7 @@ class Subnet:
         if config.activation_checkpointing:
             self.module.set_grad_checkpointing()
         self.optimizer = self._optimizer(config)
-        self.forward = torch.compile(self.module) if config.compile else self.module
+        self.forward: nn.Module = torch.compile(self.module) if config.compile else self.module
         self.module.train()
 
     def _bind(self, blueprint: Blueprint) -> None:
@@ -166,7 +169,9 @@ class Subnet:
         for slot in range(layout.slots):
             parts.append((blueprint.block_prefix(slot), layout.block, layout.slot_part(self.vector, slot)))
         views = {prefix + n: view for prefix, part, v in parts for n, view in part.views(v).items()}
-        self._state = {prefix + n: state for prefix, part, v in parts for n, state in part.optimizer_views(v).items()}
+        self._state = {
+            prefix + n: state for prefix, part, v in parts for n, state in part.optimizer_views(v).items()
+        }
         bind(self.module, views)
 
     def _optimizer(self, config: Config) -> torch.optim.Optimizer:

@@ -54,7 +54,9 @@ class Synchroniser:
         travel: whether optimizer state goes with its piece and is averaged like it.
     """
 
-    def __init__(self, comm: Comm, layout: Layout, state: StateLayout, pool: int, *, budget: int, travel: bool):
+    def __init__(
+        self, comm: Comm, layout: Layout, state: StateLayout, pool: int, *, budget: int, travel: bool
+    ):
         self.comm = comm
         self.layout = layout
         self.budget = budget
@@ -92,7 +94,9 @@ class Synchroniser:
                 received = self._exchange(pieces, leaving, vectors, now, lo, hi, "aggregate")
                 for piece in owned:
                     values = [
-                        pieces.slice(vectors[w], piece, w, now, lo, hi) if w in self._mine else received[piece, w]
+                        pieces.slice(vectors[w], piece, w, now, lo, hi)
+                        if w in self._mine
+                        else received[piece, w]
                         for w in holders[piece]
                     ]
                     _mean(values, out=values[holders[piece].index(owners[piece])])
@@ -152,7 +156,9 @@ class Synchroniser:
 
         send_counts = [sum(map(length, to)) for to in outgoing]
         receive_counts = [sum(map(length, of)) for of in incoming]
-        send, receive = self._buffers(sum(send_counts), sum(receive_counts), next(iter(vectors.values())).dtype)
+        send, receive = self._buffers(
+            sum(send_counts), sum(receive_counts), next(iter(vectors.values())).dtype
+        )
         end = 0
         for move in (m for to in outgoing for m in to):
             part = pieces.slice(vectors[move.source], move.piece, move.source, now, lo, hi)

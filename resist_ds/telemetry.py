@@ -197,7 +197,9 @@ class Telemetry:
             if not online:
                 os.environ.setdefault("WANDB_SILENT", "true")
         try:
-            accelerator.init_trackers(config.wandb_project or "resist_ds", dict(settings), init_kwargs=options)
+            accelerator.init_trackers(
+                config.wandb_project or "resist_ds", dict(settings), init_kwargs=options
+            )
             if self._main and config.log_with == "wandb":
                 run = accelerator.get_tracker("wandb", unwrap=True)
                 run.define_metric("*", step_metric="global_step")
@@ -214,7 +216,10 @@ class Telemetry:
         metrics = round_metrics(ranks)
         self._record("round", {**position, **metrics, "comm/bytes_total": self.totals.bytes_total})
         if self._bar is not None:
-            self._shown |= {"loss": f"{metrics['train/loss']:.3f}", "img/s": f"{metrics['perf/samples_per_s']:.0f}"}
+            self._shown |= {
+                "loss": f"{metrics['train/loss']:.3f}",
+                "img/s": f"{metrics['perf/samples_per_s']:.0f}",
+            }
             self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update()
 
@@ -276,7 +281,9 @@ class Telemetry:
 
 def _check_tracker(config: Config) -> None:
     if config.log_with != "none" and importlib.util.find_spec(config.log_with) is None:
-        raise UserError(f"--log_with {config.log_with}: type pip install {config.log_with}, or --log_with none")
+        raise UserError(
+            f"--log_with {config.log_with}: type pip install {config.log_with}, or --log_with none"
+        )
 
 
 def _wants_wandb_online(config: Config) -> bool:

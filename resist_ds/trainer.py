@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -57,13 +58,16 @@ class Trainer:
 
         workers = config.workers or (comm.size if comm.size > 1 else 4)
         if workers < comm.size:
-            raise UserError(f"--workers {workers} is less than the {comm.size} ranks: start at most {workers} ranks")
+            raise UserError(
+                f"--workers {workers} is less than the {comm.size} ranks: start at most {workers} ranks"
+            )
         self.layout = Layout(workers, comm.size)
         self.data = self._load_data()
         self.blueprint = comm.agree(lambda: Blueprint(config.model, self.data.num_classes))
         if config.min_blocks > self.blueprint.pool:
             raise UserError(
-                f"--min_blocks {config.min_blocks} is more than the {self.blueprint.pool} pool blocks of {config.model}"
+                f"--min_blocks {config.min_blocks} is more than {config.model} has: "
+                f"type at most {self.blueprint.pool}, its pool blocks"
             )
         self.order = Order(config.seed, self.data.train_size, workers, config.batch_size)
         steps = config.epochs * self.data.train_size / (workers * config.batch_size)
@@ -91,7 +95,7 @@ class Trainer:
             for round in range(self.rounds):
                 trained, self.deal = self.deal, self.partition(round + 1)
                 with self.meter.phase("local"):
-                    self.comm.agree(lambda round=round: self._local_steps(round, batches))
+                    self.comm.agree(partial(self._local_steps, round, batches))
                 with self.meter.phase("sync"):
                     self._synchronise(trained, self.deal)
                 telemetry.round(self._position(round, trained), self.comm.gather(self.meter.take()))
@@ -99,7 +103,10 @@ class Trainer:
                     with self.meter.phase("eval"):
                         result = self._evaluate(trained)
                     telemetry.evaluation(
-                        self._position(round, trained), self.comm.gather(self.meter.take()), result.loss, result.accuracy
+                        self._position(round, trained),
+                        self.comm.gather(self.meter.take()),
+                        result.loss,
+                        result.accuracy,
                     )
             telemetry.summary(job.settings())
             telemetry.say(report.closing(job, self.deal, telemetry.totals, self.meter.baseline))

@@ -103,7 +103,9 @@ class Workers:
         return state
 
     def _subnet(self, device: torch.device, slots: int) -> Subnet:
-        return Subnet(self._blueprint, StateLayout.of(self._blueprint, self._config, slots), self._config, device)
+        return Subnet(
+            self._blueprint, StateLayout.of(self._blueprint, self._config, slots), self._config, device
+        )
 
     def _room(self, alone: bool) -> Tensor:
         """Where a worker's state lives: in the sub-ResNet itself, or in host memory."""

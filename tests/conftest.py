@@ -18,9 +18,12 @@ _CONTEXT.set_forkserver_preload(["tests.warm"])
 Ranks = Callable[..., list[Any]]
 
 
-def _rank(function: Callable[..., Any], rank: int, size: int, store: str, results: Any, args: tuple[Any, ...]) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, size: int, store: str, results: Any, args: tuple[Any, ...]
+) -> None:
     """The life of one rank."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     import torch
 
     from resist_ds.comm import Comm
@@ -35,7 +38,9 @@ def _rank(function: Callable[..., Any], rank: int, size: int, store: str, result
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, store: Path, timeout: float = 90) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, store: Path, timeout: float = 90
+) -> list[Any]:
     """Call `function(comm, *args)`, importable and picklable, on `size` ranks; returns what each returned.
 
     Results travel as pickles: tensors as numpy arrays or through files, please.
@@ -74,9 +79,10 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, store: Path, 
 
 @pytest.fixture
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """`ranks(function, size, *args)` calls `function(comm, *args)` on `size` ranks and returns what they returned."""
+    """`ranks(function, size, *args)` calls `function(comm, *args)` on `size` ranks; returns what they did."""
 
     def run(function: Callable[..., Any], size: int, *args: Any, timeout: float = 90) -> list[Any]:
-        return run_ranks(function, size, *args, store=tmp_path_factory.mktemp("store") / "rendezvous", timeout=timeout)
+        store = tmp_path_factory.mktemp("store") / "rendezvous"
+        return run_ranks(function, size, *args, store=store, timeout=timeout)
 
     return run

@@ -1,4 +1,4 @@
-"""Imported once by the process that the tests' ranks are forked from, so that they need not import it again."""
+"""Imported once by the process that the tests' ranks are forked from: they need not import it again."""
 
 import sklearn.datasets  # noqa: F401
 
