@@ -8,7 +8,7 @@ a plain loop does the same, at the same speed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -158,9 +158,11 @@ class Subnet:
         self.module = blueprint.subnet(layout.slots)
         self._bind(blueprint)
         if config.activation_checkpointing:
-            self.module.set_grad_checkpointing()
+            self.module.set_grad_checkpointing()  # type: ignore[operator]
         self.optimizer = self._optimizer(config)
-        self.forward: nn.Module = torch.compile(self.module) if config.compile else self.module
+        self.forward: Callable[[Tensor], Tensor] = self.module
+        if config.compile:
+            self.forward = torch.compile(self.module)
         self.module.train()
 
     def _bind(self, blueprint: Blueprint) -> None:
