@@ -24,7 +24,7 @@ from resist_ds.partition import (
 )
 from resist_ds.subnet import StateLayout
 
-MEAN_CHUNK = 1 << 15  # elements averaged at a time, so that their fp64 sum stays in a core's cache
+MEAN_CHUNK = 1 << 18  # elements averaged at a time on a CPU: their fp64 sum stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,15 @@ class Synchroniser:
 
 
 def _mean(values: Sequence[Tensor], out: Tensor) -> None:
-    """out = mean of `values` [n each], summed in fp64 in the order given.
+    """out = mean of `values` [n each], summed in fp64 in the order given; `out` may be one of them.
 
     A plain fp32 mean of n equal values changes 15 % of them at n = 3 and 44 % at n = 8; in fp64 none.
     """
-    step = MEAN_CHUNK if out.device.type == "cpu" else max(1, out.numel())
-    for lo in range(0, out.numel(), step):
-        total = values[0][lo : lo + step].to(out.device, torch.float64, copy=True)
+    step = min(len(out), MEAN_CHUNK if out.device.type == "cpu" else len(out))
+    total = torch.empty(step, dtype=torch.float64, device=out.device)
+    for lo in range(0, len(out), max(1, step)):
+        part = total[: len(out) - lo]
+        part.copy_(values[0][lo : lo + step])
         for value in values[1:]:
-            total += value[lo : lo + step].to(out.device)
-        out[lo : lo + step] = total.div_(len(values))
+            part += value[lo : lo + step].to(out.device)
+        out[lo : lo + step] = part.div_(len(values))

@@ -15,11 +15,11 @@ from tests.oracle import Outcome, simulate
 
 BASE: dict[str, Any] = {
     "dataset": "synthetic",
-    "img_size": 16,
+    "img_size": 8,
     "model": "preact_resnet_small",
     "batch_size": 8,
     "local_steps": 3,
-    "rounds": 4,
+    "rounds": 3,
     "lr": 0.05,
     "schedule": "constant",
     "dtype": "float64",
