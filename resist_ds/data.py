@@ -8,10 +8,8 @@ sample looks the same in whatever batch, worker, rank or loader process it comes
 Nothing here communicates or writes files, except `download`; several ranks may load at once.
 """
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,159 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from resist_ds.config import Config
 from resist_ds.errors import RunError, UserError
-from resist_ds.order import Purpose, crop_and_flip, keyed_hash, resized_crop
-
-Schedule = Iterable[tuple[int, np.ndarray]]
-"""(epoch, sample indices int64 [B]) of one batch after the other."""
-
-# Up to this side, images are augmented by pad-crop-flip on the device (as for CIFAR), and image folders may
-# be kept decoded; above, training images are random resized crops of the files (as for ImageNet).
-SMALL = 64
-
-# ------------------------------------------------------------------------------------------------------------
-# Sources: images in memory, and images in files.
-
-
-@dataclass(frozen=True)
-class HostBatch:
-    """Images uint8 [B, 3, S, S] and labels int64 [B] on the host, of the given samples in the given epoch."""
-
-    epoch: int
-    samples: np.ndarray
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Decoded images uint8 [N, 3, S, S] with their labels int64 [N]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def stream(self, schedule: Schedule, pin: bool) -> Iterator[HostBatch]:
-        """The scheduled batches, in order; `pin` puts their images into page-locked memory."""
-        for epoch, samples in schedule:
-            rows = _rows(samples)
-            images = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
-            torch.index_select(self.images, 0, rows, out=images)
-            yield HostBatch(epoch, samples, images, self.labels[rows])
-
-
-@dataclass(frozen=True)
-class Decode(Dataset[object]):
-    """Reads image files as uint8 [3, S, S].
-
-    Up to S = SMALL the image is scaled to the square. Above, its centre is taken after scaling the shorter
-    side to S / 0.875, or, where `seed` is given, a random resized crop, flipped or not.
-    """
-
-    img_size: int
-    seed: int | None = None
-
-    def __getitem__(self, task: tuple[int, np.ndarray, list[str]]) -> object:
-        """(epoch, samples, paths) → (epoch, samples, images uint8 [B, 3, S, S]).
-
-        An unreadable file's RunError is returned, not raised: raising in a loader process would bury its line
-        in that process's traceback.
-        """
-        epoch, samples, paths = task
-        images = np.empty((len(paths), 3, self.img_size, self.img_size), np.uint8)
-        try:
-            for image, sample, path in zip(images, samples, paths, strict=True):
-                image[:] = self.read(path, epoch, int(sample))
-        except RunError as error:
-            return error
-        return epoch, samples, torch.from_numpy(images)
-
-    def read(self, path: str, epoch: int = 0, sample: int = 0) -> np.ndarray:
-        """One image; RunError with its path if it cannot be read."""
-        try:
-            with Image.open(path) as file:
-                image = self._fit(file.convert("RGB"), epoch, sample)
-        except Exception as error:  # decoders raise nearly anything when they meet broken bytes
-            raise RunError(f"cannot read the image {path}: {_reason(error)}") from None
-        return np.asarray(image).transpose(2, 0, 1)
-
-    def _fit(self, image: Image.Image, epoch: int, sample: int) -> Image.Image:
-        size = self.img_size
-        if size > SMALL and self.seed is not None:
-            box, flip = resized_crop(self.seed, epoch, sample, image.width, image.height)
-            image = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
-            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-        if size > SMALL:
-            shorter, side = min(image.size), round(size / 0.875)
-            width, height = (side * length // shorter for length in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            return image.crop((left, top, left + size, top + size))
-        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    """Image files with their labels int64 [N], decoded by `processes` loader processes (0: by the caller)."""
-
-    paths: Sequence[str]
-    labels: Tensor
-    decode: Decode
-    processes: int
-
-    def stream(self, schedule: Schedule, pin: bool) -> Iterator[HostBatch]:
-        """The scheduled batches, in order; `pin` puts their images into page-locked memory."""
-        # The paths travel with each batch, so that a loader process holds no list of a million files.
-        tasks = ((epoch, samples, [self.paths[i] for i in samples]) for epoch, samples in schedule)
-        loader = DataLoader(
-            self.decode,
-            sampler=tasks,
-            batch_size=None,  # a task is a batch already
-            collate_fn=_unchanged,
-            num_workers=self.processes,
-            pin_memory=pin,
-            multiprocessing_context=_loader_context() if self.processes else None,
-            generator=torch.Generator(),  # else it would draw a seed, which nobody uses, from the global one
-        )
-        try:
-            for batch in loader:
-                if isinstance(batch, RunError):
-                    raise batch
-                epoch, samples, images = batch
-                yield HostBatch(epoch, samples, images, self.labels[_rows(samples)])
-        except (RuntimeError, OSError, EOFError) as error:  # a process was killed, mostly for its memory
-            raise RunError(f"a loader process ended ({_reason(error)}): try fewer --data_workers") from None
-
-
-Source = InMemory | OnDisk
-
-
-def _rows(samples: np.ndarray) -> Tensor:
-    return torch.from_numpy(samples.astype(np.int64, order="C"))  # a copy: torch takes no reversed view
-
-
-def _unchanged(batch: object) -> object:
-    return batch
-
-
-def _loader_context() -> multiprocessing.context.BaseContext:
-    """How loader processes start: forked, but from a server that holds this module and nothing else.
-
-    A fork of the rank itself would inherit the locks of the threads of gloo, NCCL and CUDA without the
-    threads, and may wait on one for ever. Spawning each process is as safe, but imports torch once for each.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
+from resist_ds.images import SMALL, Decode, InMemory, OnDisk, Schedule, Source, decoded, reason
+from resist_ds.order import Purpose, crop_and_flip, keyed_hash
 
 # ------------------------------------------------------------------------------------------------------------
 # Delivery: from bytes on the host to normalised batches on the device.
@@ -431,7 +282,7 @@ def download(config: Config) -> None:
     try:
         dataset(root, train=True, download=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise RunError(f"could not download {config.dataset} into {root}: {_reason(error)}") from None
+        raise RunError(f"could not download {config.dataset} into {root}: {reason(error)}") from None
 
 
 def _data_dir(config: Config) -> Path:
@@ -465,7 +316,7 @@ def _image_folders(config: Config, size: int) -> tuple[Source, Source, int]:
     test: Source
     decoded_bytes = (len(train_files) + len(test_files)) * 3 * size * size
     if size <= SMALL and decoded_bytes <= config.cache_mib * 2**20:
-        train, test = (_decoded(files, decode, config.data_workers) for files in (train_files, test_files))
+        train, test = (decoded(files, decode, config.data_workers) for files in (train_files, test_files))
     else:
         # More processes than cores get in each other's way, and torch warns of them.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -486,7 +337,7 @@ def _class_folders(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
     try:
         found = ImageFolder(str(folder), allow_empty=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be used: {_reason(error)}") from None
+        raise UserError(f"{folder} cannot be used: {reason(error)}") from None
     filled = {label for _, label in found.samples}
     empty = [name for name, label in found.class_to_idx.items() if label not in filled]
     if empty:
@@ -496,11 +347,3 @@ def _class_folders(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _decoded(files: Sequence[tuple[str, int]], decode: Decode, threads: int) -> InMemory:
-    images = np.empty((len(files), 3, decode.img_size, decode.img_size), np.uint8)
-    with ThreadPoolExecutor(max(1, threads)) as pool:  # Pillow decodes outside of the interpreter lock
-        for image, pixels in zip(images, pool.map(decode.read, (path for path, _ in files)), strict=True):
-            image[:] = pixels
-    return InMemory(torch.from_numpy(images), torch.tensor([label for _, label in files]))

@@ -101,8 +101,12 @@ class Outcome:
 def simulate(config: Config) -> Outcome:
     """Run the whole protocol in this process: `config.workers` workers for `config.rounds` rounds."""
     assert config.workers and config.rounds
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return _Simulation(config).run()
+    try:
+        return _Simulation(config).run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Simulation:
