@@ -72,10 +72,11 @@ class Comm:
             return "none"
         return "nccl" if self.buffer_device.type == "cuda" else "gloo"
 
-    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised exchange buffer [numel]."""
-        pinned = self.device.type == "cuda" and self.buffer_device.type == "cpu"
-        return torch.empty(numel, dtype=dtype, device=self.buffer_device, pin_memory=pinned)
+    def buffer(self, numel: int, like: Tensor) -> Tensor:
+        """An uninitialised exchange buffer [numel] for data like `like`; beside it where nothing is sent."""
+        device = self.buffer_device if self.size > 1 else like.device
+        pinned = device.type == "cpu" and self.device.type == "cuda"
+        return torch.empty(numel, dtype=like.dtype, device=device, pin_memory=pinned)
 
     def all_to_all(
         self,

@@ -92,19 +92,17 @@ class Evaluation:
         test = self.data.test_batches([self._batches[i] for i in mine], **self._convert)
         subnet.module.eval()
         with autocast or nullcontext():
-            calibration = walk.calibrate_before(self.data.train_images(self._calibration, **self._convert))
+            images = self.comm.agree(lambda: self.data.train_images(self._calibration, **self._convert))
+            calibration = walk.calibrate_before(images)
             # As many batches wait for the next block as fit; every rank streams the pool equally often.
-            bytes_waiting = calibration[:0].new_empty(calibration.shape[1:]).nbytes * max(
-                map(len, self._batches)
-            )
-            at_once = max(1, self.memory // bytes_waiting)
+            image_bytes = math.prod(calibration.shape[1:]) * calibration.element_size()
+            at_once = max(1, self.memory // (image_bytes * len(self._batches[0])))
             found: list[tuple[float, int, int]] = []
             for _ in range(0, -(-len(self._batches) // self.comm.size), at_once):
-                chunk = list(islice(test, at_once))
-                labels = [y for _, y in chunk]
-                waiting = [walk.before(x) for x, _ in chunk]
-                del chunk
-                waiting, calibration = walk.pool(waiting, calibration)
+                chunk = self.comm.agree(lambda: [(walk.before(x), y) for x, y in islice(test, at_once)])
+                waiting, labels = [x for x, _ in chunk], [y for _, y in chunk]
+                del chunk  # it would keep every block's input alive
+                walk.pool(waiting, calibration)
                 for x, y in zip(waiting, labels, strict=True):
                     logits = walk.after(x).double()
                     right = (logits.argmax(1) == y).sum()
@@ -151,7 +149,7 @@ class _Walk:
         self.deal = deal
         self.scale = scale
         self.state = subnet.layout
-        self.device = subnet.vector.device
+        self.module_vector = subnet.vector  # on the device, in the numbers, that this rank computes with
         self.statistics: Statistics = {}
         family = evaluation.blueprint.family
         self._before = [(path, subnet.module.get_submodule(path)) for path in family.before]
@@ -168,11 +166,11 @@ class _Walk:
     def after(self, x: Tensor) -> Tensor:
         return _run(self._after, x)
 
-    def pool(self, waiting: list[Tensor], calibration: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Stream the pool past the waiting test activations. Collective: all ranks.
+    def pool(self, waiting: list[Tensor], calibration: Tensor) -> None:
+        """Stream the pool past the waiting test activations, in place. Collective: all ranks.
 
         The first time, the statistics of every block, and of what comes after the pool, are estimated
-        just before they are needed; `calibration` is used up by that.
+        just before they are needed, from the `calibration` activations before the pool.
         """
         for block in self._stream():
             if self._pool_is_calibrated:
@@ -182,9 +180,8 @@ class _Walk:
             for i, x in enumerate(waiting):
                 waiting[i] = block[1](x)
         if not self._pool_is_calibrated:
-            calibration = self._calibrate(self._after, calibration)
+            self._calibrate(self._after, calibration)
             self._pool_is_calibrated = True
-        return waiting, calibration
 
     def _calibrate(self, modules: Sequence[Named], calibration: Tensor) -> Tensor:
         """Run the calibration share through `modules`; each BatchNorm is estimated before it normalises."""
@@ -210,7 +207,8 @@ class _Walk:
 
         Where two blocks fit into the transit budget, the next one travels while this one works.
         """
-        ahead = 2 * self.state.block.parameters * self._itemsize <= self.evaluation.transit
+        block_bytes = self.state.block.parameters * self.module_vector.element_size()
+        ahead = 2 * block_bytes <= self.evaluation.transit
         berths = [_Berth(self) for _ in range(1 + ahead)]
         for block in range(self.deal.pool):
             if block == 0 or not ahead:
@@ -222,10 +220,6 @@ class _Walk:
     def _name(self, block: int) -> str:
         return self.evaluation.blueprint.block_prefix(block).rstrip(".")
 
-    @property
-    def _itemsize(self) -> int:
-        return next(iter(self.vectors.values())).element_size()
-
 
 class _Berth:
     """Room for one pool block in transit: a flat vector and a module whose parameters are views of it."""
@@ -233,9 +227,13 @@ class _Berth:
     def __init__(self, walk: _Walk):
         self.walk = walk
         comm, layout = walk.evaluation.comm, walk.state.block
-        dtype = next(iter(walk.vectors.values())).dtype
-        self.buffer = comm.buffer(layout.parameters, dtype)
-        self.values = self.buffer if self.buffer.device == walk.device else self.buffer.to(walk.device)
+        here = walk.module_vector
+        self.buffer = comm.buffer(layout.parameters, here)
+        self.values = (
+            self.buffer
+            if self.buffer.device == here.device
+            else torch.empty_like(self.buffer, device=here.device)
+        )
         self.module = walk.evaluation.blueprint.pool_block()
         bind(self.module, layout.views(self.values))
         self.module.eval()

@@ -111,7 +111,7 @@ class Synchroniser:
                     for worker in move.targets:
                         if worker in self._mine:
                             slot = pieces.slice(vectors[worker], move.piece, worker, then, lo, hi)
-                            slot.copy_(received[move.piece, move.source], non_blocking=True)
+                            slot.copy_(received[move.piece, move.source])
 
     def _rank(self, worker: int) -> int:
         return self.layout.rank_of(worker)
@@ -156,13 +156,11 @@ class Synchroniser:
 
         send_counts = [sum(map(length, to)) for to in outgoing]
         receive_counts = [sum(map(length, of)) for of in incoming]
-        send, receive = self._buffers(
-            sum(send_counts), sum(receive_counts), next(iter(vectors.values())).dtype
-        )
+        send, receive = self._buffers(sum(send_counts), sum(receive_counts), next(iter(vectors.values())))
         end = 0
         for move in (m for to in outgoing for m in to):
             part = pieces.slice(vectors[move.source], move.piece, move.source, now, lo, hi)
-            send[end : end + len(part)].copy_(part, non_blocking=send.is_cuda)
+            send[end : end + len(part)].copy_(part)
             end += len(part)
         self.comm.all_to_all(send, receive, send_counts, receive_counts, kind)
         arrived, end = {}, 0
@@ -171,10 +169,10 @@ class Synchroniser:
             end += length(move)
         return arrived
 
-    def _buffers(self, send: int, receive: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _buffers(self, send: int, receive: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two exchange buffers out of one allocation that is kept, so that its pages are touched once."""
-        if self._transit.numel() < send + receive or self._transit.dtype != dtype:
-            self._transit = self.comm.buffer(send + receive, dtype)
+        if self._transit.numel() < send + receive or self._transit.dtype != like.dtype:
+            self._transit = self.comm.buffer(send + receive, like)
         return self._transit[:send], self._transit[send : send + receive]
 
 

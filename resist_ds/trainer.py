@@ -51,6 +51,7 @@ class Trainer:
         # Launchers differ in the thread counts that they set, and on a CPU results differ with these.
         config = replace(config, cpu_threads=config.cpu_threads or max(1, cores // comm.local_size))
         torch.set_num_threads(config.cpu_threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)  # where it is unset, accelerate sets another
         torch.backends.cudnn.benchmark = True  # shapes never change
         self.comm = comm
         self.config = config

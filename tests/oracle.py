@@ -24,10 +24,12 @@ from resist_ds.data import Data, load_data
 from resist_ds.models import CIFAR_NETS, Blueprint
 from resist_ds.order import Order
 from resist_ds.partition import Partition, sample_partition
+from resist_ds.trainer import Trainer
+from resist_ds.workers import StateDict
 
 CPU = torch.device("cpu")
 
-# Narrow post-activation nets with odd pools, for speed: P = 7 basic blocks, P = 5 bottlenecks.
+# Small nets with odd pools: P = 7 basic blocks, P = 5 bottlenecks, P = 5 wide blocks.
 
 
 @register_model
@@ -44,6 +46,13 @@ def resist_test_bottleneck(
     """A post-activation ResNet-D of bottleneck blocks, 33 k parameters."""
     widths = {"channels": (4, 4, 8, 8), "stem_width": 4, "stem_type": "deep", "avg_down": True}
     return ResNet(Bottleneck, (1, 2, 6, 1), num_classes=num_classes, device=device, **widths)
+
+
+@register_model
+def resist_test_wide(pretrained: bool = False, num_classes: int = 10, device: object = None, **_: object):
+    """A pre-activation net whose five pool blocks take 1.2 MB each, with momentum in float64."""
+    shape = {"layers": (1, 1, 6, 1), "channels": (8, 8, 64, 8), "stem_chs": 8}
+    return timm.create_model("resnetv2_34", num_classes=num_classes, device=device, **shape)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,3 +294,29 @@ class _Simulation:
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = np.array_split(np.arange(self.data.test_size), 4)
         return self.data.test_batches(batches, CPU, self.dtype, self.config.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Real runs
+
+
+def arrays(state: StateDict) -> dict[str, dict[str, np.ndarray]]:
+    """A copy of a state dict that can travel between processes."""
+    return {name: {kind: t.detach().numpy().copy() for kind, t in of.items()} for name, of in state.items()}
+
+
+def held(trainer: Trainer) -> dict[int, dict[str, dict[str, np.ndarray]]]:
+    """{worker: {timm name: {"parameter": ..., ...}}}: all that lies in the vectors of a rank's workers."""
+    layout, everything = trainer.workers.layout, {}
+    for worker, vector in trainer.workers.vectors.items():
+        parts = [("", layout.shared, layout.shared_part(vector))]
+        for slot, block in enumerate(trainer.deal.blocks[worker]):
+            part = layout.slot_part(vector, slot)
+            parts.append((trainer.blueprint.block_prefix(block), layout.block, part))
+        state: StateDict = {}
+        for prefix, layout_of_part, part in parts:
+            kept = layout_of_part.optimizer_views(part)
+            for name, view in layout_of_part.views(part).items():
+                state[prefix + name] = {"parameter": view, **kept[name]}
+        everything[worker] = arrays(state)
+    return everything

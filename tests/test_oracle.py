@@ -12,7 +12,7 @@ from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.partition import Partition
 from resist_ds.trainer import Trainer
-from tests.oracle import Outcome, simulate
+from tests.oracle import Outcome, arrays, held, simulate
 
 pytestmark = pytest.mark.ranks
 
@@ -52,26 +52,9 @@ def train(comm: Comm, config: Config) -> dict[str, Any]:
         "deals": deals,
         "test": (result.loss, result.accuracy),
         "threads": torch.get_num_threads(),
-        "owned": _arrays(trainer.workers.owned(trainer.deal)),
-        "held": {worker: _arrays(_held(trainer, worker)) for worker in trainer.workers.vectors},
+        "owned": arrays(trainer.workers.owned(trainer.deal)),
+        "held": held(trainer),
     }
-
-
-def _held(trainer: Trainer, worker: int) -> dict[str, Any]:
-    """All that is in a worker's vector, by timm's names."""
-    layout, vector = trainer.workers.layout, trainer.workers.vectors[worker]
-    parts = [("", layout.shared, layout.shared_part(vector))]
-    for slot, block in enumerate(trainer.deal.blocks[worker]):
-        parts.append((trainer.blueprint.block_prefix(block), layout.block, layout.slot_part(vector, slot)))
-    return {
-        prefix + name: {"parameter": view, **part.optimizer_views(values)[name]}
-        for prefix, part, values in parts
-        for name, view in part.views(values).items()
-    }
-
-
-def _arrays(state: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    return {n: {kind: t.detach().numpy().copy() for kind, t in of.items()} for n, of in state.items()}
 
 
 def assert_agreement(ranks: Any, size: int, folder: Path, tolerance: float, **options: Any) -> None:
@@ -86,8 +69,8 @@ def assert_agreement(ranks: Any, size: int, folder: Path, tolerance: float, **op
         assert rank["threads"] == config.cpu_threads  # no library has set another number
     names = [name for rank in returned for name in rank["owned"]]
     assert sorted(names) == sorted(expected.state), "each tensor is owned once"
-    held = [worker for rank in returned for worker in rank["held"]]
-    assert held == list(range(config.workers or 0))
+    workers = [worker for rank in returned for worker in rank["held"]]
+    assert workers == list(range(config.workers or 0))
     for state in (state for rank in returned for state in (rank["owned"], *rank["held"].values())):
         _assert_tensors(state, expected, tolerance, config.optimizer_state == "travel")
 

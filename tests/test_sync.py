@@ -1,9 +1,12 @@
 """Synchronisation: bit for bit, on any number of ranks, within the transit budget, and every byte counted."""
 
+import itertools
 import json
+import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ MIB = 1 << 20
 
 BASE: dict[str, Any] = {
     "dataset": "synthetic",
-    "img_size": 16,
+    "img_size": 8,
     "model": oracle.resist_test_basic.__name__,  # P = 7
     "batch_size": 2,
     "local_steps": 1,
@@ -68,17 +71,22 @@ class ThreadComm:
         self.wire, self.rank, self.size = wire, rank, wire.size
         self.device = self.buffer_device = CPU
         self.ledger = Ledger()
-        self.live: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self.most = 0  # bytes of buffers that were alive at a time
+        self.live: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+        self.most = 0  # bytes of buffers that were in memory at a time
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        buffer = torch.full((numel,), torch.nan, dtype=dtype)
+        buffer = torch.full((numel,), torch.nan, dtype=dtype).numpy()  # lives as long as any view of it
         self.live[id(buffer)] = buffer
         self.most = max(self.most, sum(b.nbytes for b in self.live.values()))
-        return buffer
+        return torch.from_numpy(buffer)
 
     def all_to_all(
-        self, send: Tensor, receive: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], kind: str
+        self,
+        send: Tensor,
+        receive: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        kind: str,
     ) -> None:
         self.wire.sent[self.rank] = tuple(part.clone() for part in send.split(list(send_counts)))
         self.wire.barrier.wait()
@@ -86,7 +94,9 @@ class ThreadComm:
             part = self.wire.sent[source][self.rank]
             assert part.shape == into.shape, "a rank expects another number of elements than its peer sends"
             into.copy_(part)
-        self.ledger[kind] += sum(part.nbytes for r, part in enumerate(self.wire.sent[self.rank]) if r != self.rank)
+        self.ledger[kind] += sum(
+            part.nbytes for r, part in enumerate(self.wire.sent[self.rank]) if r != self.rank
+        )
         self.wire.barrier.wait()
 
 
@@ -112,6 +122,9 @@ def on_threads(size: int, rank: Callable[[ThreadComm], None]) -> list[ThreadComm
     return comms
 
 
+Seen = Callable[[int, str], None]  # round, "aggregate" or "hand_off"
+
+
 def synchronise(
     vectors: dict[int, Tensor],
     deals: Sequence[Partition],
@@ -120,56 +133,103 @@ def synchronise(
     *,
     budget: int,
     travel: bool,
-    after_aggregate: Callable[[dict[int, Tensor], Partition], None] = lambda vectors, now: None,
+    seen: Seen = lambda round, step: None,
 ) -> list[ThreadComm]:
-    """Hand all workers' vectors through the deals, in place."""
+    """Lead all workers' vectors through the deals, in place; `seen` is called after every step."""
     layout = Layout(len(vectors), ranks)
 
     def rank(comm: ThreadComm) -> None:
-        mine = {w: vectors[w] for w in layout.workers_of(comm.rank)}
-        sync = Synchroniser(comm, layout, state, deals[0].pool, budget=budget, travel=travel)  # type: ignore[arg-type]
-        for now, then in zip(deals, deals[1:], strict=False):
-            sync.aggregate(mine, now)
+        def done(round: int, step: str) -> None:
             comm.wire.barrier.wait()
             if comm.rank == 0:
-                after_aggregate(vectors, now)
+                seen(round, step)
             comm.wire.barrier.wait()
+
+        mine = {w: vectors[w] for w in layout.workers_of(comm.rank)}
+        sync = Synchroniser(comm, layout, state, deals[0].pool, budget=budget, travel=travel)  # type: ignore[arg-type]
+        for round, (now, then) in enumerate(itertools.pairwise(deals)):
+            sync.aggregate(mine, now)
+            done(round, "aggregate")
             sync.hand_off(mine, now, then)
+            done(round, "hand_off")
 
     return on_threads(ranks, rank)
 
 
-class Reference:
-    """The same from the book: what every worker holds is taken apart into a dict of pieces, and put together."""
+@dataclass(frozen=True)
+class Book:
+    """Where the pieces lie in a vector and what becomes of them, said in the plainest way.
 
-    def __init__(self, state: StateLayout, travel: bool):
-        self.shared = state.shared.numel if travel else state.shared.parameters
-        self.block = state.block.numel if travel else state.block.parameters
-        self.begin = [state.shared.numel + slot * state.block.numel for slot in range(state.slots)]
+    Attributes:
+        shared, block: elements of shared and of a pool block that take part; they come first in their part.
+        begin: where each part of a vector begins: shared, slot 0, slot 1, ...
+        end: where each ends.
+    """
 
-    def averages(self, vectors: dict[int, np.ndarray], now: Partition) -> dict[object, np.ndarray]:
-        def mean(values: list[np.ndarray]) -> np.ndarray:
-            total = np.zeros(len(values[0]), np.float64) - 0.0
-            for value in values:
-                total = total + value
-            return (total / len(values)).astype(values[0].dtype)
+    shared: int
+    block: int
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
 
-        pieces: dict[object, np.ndarray] = {"shared": mean([vectors[w][: self.shared] for w in sorted(vectors)])}
-        for block in range(now.pool):
-            starts = [(w, self.begin[held.index(block)]) for w, held in enumerate(now.blocks) if block in held]
-            pieces[block] = mean([vectors[w][at : at + self.block] for w, at in starts])
-        return pieces
+    @classmethod
+    def of(cls, state: StateLayout, travel: bool) -> "Book":
+        sizes = [state.shared.numel] + [state.block.numel] * state.slots
+        ends = tuple(itertools.accumulate(sizes))
+        part = "numel" if travel else "parameters"
+        begins = tuple(end - size for end, size in zip(ends, sizes, strict=True))
+        return cls(getattr(state.shared, part), getattr(state.block, part), begins, ends)
 
-    def handed_on(
-        self, vectors: dict[int, np.ndarray], pieces: dict[object, np.ndarray], then: Partition
-    ) -> dict[int, np.ndarray]:
-        """What does not take part (padding behind it, momentum under `reset`) stays as it is."""
-        after = {w: vector.copy() for w, vector in vectors.items()}
-        for w, vector in after.items():
-            vector[: self.shared] = pieces["shared"]
-            for slot, block in enumerate(then.blocks[w]):
-                vector[self.begin[slot] : self.begin[slot] + self.block] = pieces[block]
-        return after
+    def held(self, vector: np.ndarray, blocks: Sequence[int]) -> dict[object, np.ndarray]:
+        """A worker's vector, taken apart: {"shared" or block: its values}."""
+        slots = zip(blocks, self.begin[1:], strict=False)
+        return {"shared": vector[: self.shared]} | {b: vector[at : at + self.block] for b, at in slots}
+
+    def idle(self, vector: np.ndarray) -> np.ndarray:
+        """What takes no part in an exchange (momentum under `reset`)."""
+        lengths = (self.shared, *(self.block for _ in self.begin[1:]))
+        return np.concatenate(
+            [vector[b + n : e] for b, n, e in zip(self.begin, lengths, self.end, strict=True)]
+        )
+
+    def means(self, vectors: Mapping[int, np.ndarray], deal: Partition) -> dict[object, np.ndarray]:
+        """{piece: mean over its holders, in float64 and in the workers' order}."""
+        values: dict[object, list[np.ndarray]] = {}
+        for worker in sorted(vectors):
+            for piece, value in self.held(vectors[worker], deal.blocks[worker]).items():
+                values.setdefault(piece, []).append(value)
+        return {piece: _mean(of) for piece, of in values.items()}
+
+    def bytes(self, now: Partition, then: Partition, layout: Layout, itemsize: int) -> int:
+        """What has to cross between ranks: each holder's piece to the owner, then one copy to each rank."""
+
+        def crossings(owner: int, holders: Iterable[int], heirs: Iterable[int]) -> int:
+            home = layout.rank_of(owner)
+            sent = sum(layout.rank_of(holder) != home for holder in holders)
+            return sent + len({layout.rank_of(heir) for heir in heirs} - {home})
+
+        everyone = range(layout.workers)
+        elements = 0
+        for block, owner in enumerate(now.owners):
+            heirs = [w for w in everyone if block in then.blocks[w]]
+            elements += self.block * crossings(owner, [w for w in everyone if block in now.blocks[w]], heirs)
+        for worker, (start, stop) in enumerate(chunk_bounds(self.shared, layout.workers)):
+            elements += (stop - start) * crossings(worker, everyone, everyone)
+        return elements * itemsize
+
+
+def _mean(values: list[np.ndarray]) -> np.ndarray:
+    total = values[0].astype(np.float64)
+    for value in values[1:]:
+        total = total + value
+    return (total / len(values)).astype(values[0].dtype)
+
+
+def copies(vectors: Mapping[int, Tensor]) -> dict[int, np.ndarray]:
+    return {worker: vector.numpy().copy() for worker, vector in vectors.items()}
+
+
+def assert_same_bits(got: np.ndarray, want: np.ndarray, what: str = "") -> None:
+    np.testing.assert_array_equal(bits(got), bits(want), err_msg=what)
 
 
 STATES = (
@@ -179,66 +239,254 @@ STATES = (
 )
 
 
+@dataclass(frozen=True)
+class Situation:
+    deals: tuple[Partition, ...]
+    ranks: int
+    state: StateLayout
+    travel: bool
+    budget: int
+    dtype: torch.dtype
+    seed: int
+
+
 @st.composite
-def situations(draw: Any) -> dict[str, Any]:
+def situations(draw: Any) -> Situation:
     workers, pool = draw(st.integers(1, 7)), draw(st.integers(1, 9))
-    ranks = draw(st.integers(1, min(workers, 4)))
     seed = draw(st.integers(0, 2**32))
-    least = draw(st.lists(st.integers(0, pool), min_size=2, max_size=4).map(lambda x: sorted(x, reverse=True)))
-    deals = [
+    # fewer and fewer slots, as when warm-up ends
+    least = sorted(draw(st.lists(st.integers(0, pool), min_size=2, max_size=4)), reverse=True)
+    deals = tuple(
         sample_partition(seed, r, workers=workers, pool=pool, min_blocks=m) for r, m in enumerate(least)
-    ]  # with fewer and fewer slots, as when warm-up ends
-    optimizer = draw(st.sampled_from(STATES))
-    shapes = st.lists(st.integers(1, 90), min_size=1, max_size=3)
-    shared, block = (
-        PartLayout(tuple((f"{i}", (n,)) for i, n in enumerate(draw(shapes))), optimizer) for _ in range(2)
     )
-    return {
-        "deals": deals,
-        "ranks": ranks,
-        "state": StateLayout(shared, block, deals[0].slots),
-        "travel": draw(st.booleans()),
-        "budget": draw(st.sampled_from([1, 333, 1000, 4096, MIB])),
-        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
-        "seed": seed,
-    }
+    optimizer = draw(st.sampled_from(STATES))
+    lengths = st.lists(st.integers(1, 90), min_size=1, max_size=3)
+    shared, block = (
+        PartLayout(tuple((f"tensor{i}", (n,)) for i, n in enumerate(draw(lengths))), optimizer)
+        for _ in range(2)
+    )
+    return Situation(
+        deals,
+        draw(st.integers(1, min(workers, 4))),
+        StateLayout(shared, block, deals[0].slots),
+        draw(st.booleans()),
+        draw(st.sampled_from([1, 300, 1000, 4096, MIB])),
+        draw(st.sampled_from([torch.float32, torch.float64])),
+        seed,
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(situations())
-def test_a_synchronisation_is_means_over_holders_brought_to_the_next_ones(situation):
-    deals, state, travel = situation["deals"], situation["state"], situation["travel"]
-    generator = torch.Generator().manual_seed(situation["seed"])
-    vectors = {
-        w: torch.randn(state.numel, generator=generator, dtype=situation["dtype"])
-        for w in range(deals[0].workers)
-    }
-    reference = Reference(state, travel)
-    expected = {w: vector.numpy().copy() for w, vector in vectors.items()}
-    averages: dict[object, np.ndarray] = {}
+def test_a_synchronisation_is_means_over_holders_brought_to_the_next_ones(s: Situation) -> None:
+    generator = torch.Generator().manual_seed(s.seed)
+    workers = range(s.deals[0].workers)
+    vectors = {w: torch.randn(s.state.numel, generator=generator, dtype=s.dtype) for w in workers}
+    book = Book.of(s.state, s.travel)
+    before, means = copies(vectors), {}
 
-    def owners_have_the_means(vectors: dict[int, Tensor], now: Partition) -> None:
-        nonlocal averages, expected
-        # what a hand-off does not overwrite is what aggregate has left in the vectors
-        averages = reference.averages(expected, now)
-        expected = {w: vector.numpy().copy() for w, vector in vectors.items()}
-        for block, owner in enumerate(now.owners):
-            at = reference.begin[now.blocks[owner].index(block)]
-            got = expected[owner][at : at + reference.block]
-            np.testing.assert_array_equal(bits(got), bits(averages[block]))
-        for owner, (start, stop) in enumerate(chunk_bounds(reference.shared, now.workers)):
-            np.testing.assert_array_equal(bits(expected[owner][start:stop]), bits(averages["shared"][start:stop]))
+    def check(round: int, step: str) -> None:
+        nonlocal before, means
+        now, then = s.deals[round], s.deals[round + 1]
+        after = copies(vectors)
+        if step == "aggregate":
+            means = book.means(before, now)
+            for block, owner in enumerate(now.owners):
+                assert_same_bits(book.held(after[owner], now.blocks[owner])[block], means[block])
+            for owner, (start, stop) in enumerate(chunk_bounds(book.shared, len(workers))):
+                assert_same_bits(after[owner][start:stop], means["shared"][start:stop])
+            return
+        for worker in workers:
+            for piece, value in book.held(after[worker], then.blocks[worker]).items():
+                assert_same_bits(value, means[piece], f"{piece} of worker {worker}")
+            assert_same_bits(book.idle(after[worker]), book.idle(before[worker]))
+        before = after
 
-    for now, then in zip(deals, deals[1:], strict=False):
-        before = {w: vector.numpy().copy() for w, vector in vectors.items()}
-        comms = synchronise(
-            vectors,
-            (now, then),
-            situation["ranks"],
-            state,
-            budget=situation["budget"],
-            travel=travel,
-            after_aggregate=owners_have_the_means,
-        )
-        expected = reference.handed_on(before, averages, then)
-        _ = comms
+    comms = synchronise(vectors, s.deals, s.ranks, s.state, budget=s.budget, travel=s.travel, seen=check)
+
+    itemsize, layout = s.dtype.itemsize, Layout(len(workers), s.ranks)
+    rounds = list(itertools.pairwise(s.deals))
+    sent = sum(comm.ledger.total() for comm in comms)
+    assert sent == sum(book.bytes(now, then, layout, itemsize) for now, then in rounds)
+    assert sent == itemsize * sum(
+        synchronisation_bytes(now, then, layout, block=book.block, shared=book.shared) for now, then in rounds
+    )
+    for comm in comms:
+        assert comm.most <= max(s.budget, itemsize * book.block), "more in transit than the budget"
+
+
+@pytest.mark.parametrize("holders", [3, 5, 7])
+def test_means_of_equal_values_keep_every_bit(holders: int) -> None:
+    words = np.random.default_rng(holders).integers(0, 2**32, 20_000, np.uint64).astype(np.uint32)
+    values = words.view(np.float32)
+    values = np.append(values[np.isfinite(values)], np.float32([0.0, -0.0, 1e-45, 3.4028235e38]))
+    part = PartLayout((("tensor", (len(values) // 2,)),), OptimizerState(()))
+    state = StateLayout(part, part, slots=1)
+    start = np.zeros(state.numel, np.float32)
+    start[: len(values)] = values
+    deal = sample_partition(0, 0, workers=holders, pool=1)
+    vectors = {w: torch.from_numpy(start.copy()) for w in range(holders)}
+    synchronise(vectors, (deal, deal), 2, state, budget=MIB, travel=True)
+    for vector in vectors.values():
+        assert_same_bits(vector.numpy(), start)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whole runs on real ranks
+
+
+def train(comm: Comm, config: Config) -> dict[int, np.ndarray]:
+    """{worker of this rank: its vector at the end of a run}, parameters and optimizer state."""
+    if comm.size == 1:  # as plain python starts it: without a launcher's variables
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    trainer = Trainer(comm, config)
+    trainer.run()
+    return {worker: vector.numpy().copy() for worker, vector in trainer.workers.vectors.items()}
+
+
+def run(
+    ranks: Any, size: int, folder: Path, function: Callable[..., Any] = train, **options: Any
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """(what each rank returned, the lines of metrics.jsonl)."""
+    returned = ranks(function, size, Config(**{**BASE, **options, "output_dir": str(folder)}))
+    return returned, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_everywhere(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the machine."""
+    kept = [{k: v for k, v in line.items() if not k.startswith(("perf/", "mem/", "comm/"))} for line in lines]
+    for line in kept:
+        for key in ("R", "backend", "output_dir", "eval_every"):
+            line.get("settings", {}).pop(key, None)
+    return kept
+
+
+@pytest.mark.ranks
+def test_the_same_bits_on_any_number_of_ranks(ranks: Any, tmp_path: Path) -> None:
+    options = {"workers": 6, "rounds": 3, "local_steps": 2, "eval_every": 2}
+    (vectors,), lines = run(ranks, 1, tmp_path / "1", **options)
+    assert sorted(vectors) == list(range(6)) and [line["kind"] for line in lines].count("eval") == 2
+    assert np.abs(vectors[0]).max() > 0 and not np.array_equal(vectors[0], vectors[1])
+    for size in (2, 3, 6):
+        returned, others = run(ranks, size, tmp_path / f"{size}", **options)
+        for worker, vector in (item for rank in returned for item in rank.items()):
+            assert_same_bits(vector, vectors[worker], f"worker {worker} on {size} ranks")
+        assert [list(rank) for rank in returned] == [list(part) for part in np.array_split(range(6), size)]
+        assert same_everywhere(others) == same_everywhere(lines), f"{size} ranks"
+    # nor does it matter how often one looks
+    returned, _ = run(ranks, 2, tmp_path / "unseen", **{**options, "eval_every": 0})
+    for worker, vector in (item for rank in returned for item in rank.items()):
+        assert_same_bits(vector, vectors[worker], f"worker {worker} without an evaluation in between")
+
+
+def final_parameters(comm: Comm, config: Config) -> list[Any]:
+    """[what every worker of this rank holds at the end of a run]."""
+    trainer = Trainer(comm, config)
+    trainer.run()
+    return list(oracle.held(trainer).values())
+
+
+def assert_ledger(lines: list[dict[str, Any]], ranks: int, config: Config) -> None:
+    """The bytes of every round are those of its plan, to the last one."""
+    assert config.workers and config.rounds
+    blueprint = Blueprint(config.model, 10)
+    book = Book.of(StateLayout.of(blueprint, config, 1), config.optimizer_state == "travel")
+    options = {"workers": config.workers, "pool": blueprint.pool, "min_blocks": config.min_blocks}
+    deals = [sample_partition(config.seed, r, **options) for r in range(config.rounds + 1)]
+    layout, itemsize = Layout(config.workers, ranks), getattr(torch, config.dtype).itemsize
+    total = 0
+    for line in lines:
+        if line["kind"] == "round":
+            now, then = deals[line["round"] - 1 : line["round"] + 1]
+            sent = line["comm/bytes_round"]
+            assert sent == book.bytes(now, then, layout, itemsize) > 0
+            plan = synchronisation_bytes(now, then, layout, block=book.block, shared=book.shared)
+            assert sent == itemsize * plan
+            total += sent
+        if line["kind"] == "eval":
+            total += line["comm/bytes_eval"]
+        assert line["comm/bytes_total"] == total
+    assert [line["kind"] for line in lines].count("round") == config.rounds
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("workers", "size", "min_blocks"), [(3, 2, 0), (5, 3, 4), (8, 2, 0)])
+def test_without_a_learning_rate_no_bit_changes(
+    ranks: Any, tmp_path: Path, workers: int, size: int, min_blocks: int
+) -> None:
+    options = {"workers": workers, "min_blocks": min_blocks, "rounds": 7, "lr": 0.0, "weight_decay": 0.0}
+    returned, lines = run(ranks, size, tmp_path, final_parameters, **options)
+    held = [state for rank in returned for state in rank]
+    assert len(held) == workers
+    blueprint = Blueprint(BASE["model"], 10)  # whose values know nothing of W
+    assert blueprint.pool % 2 == 1
+    initial = dict(blueprint.initial_shared(0))
+    for block in range(blueprint.pool):
+        of_block = blueprint.initial_block(0, block)
+        initial |= {blueprint.block_prefix(block) + name: value for name, value in of_block.items()}
+    assert {name for state in held for name in state} == initial.keys()
+    for worker, state in enumerate(held):
+        for name, tensors in state.items():
+            assert_same_bits(tensors["parameter"], initial[name].numpy(), f"{name} of worker {worker}")
+    moved = sum(bool(tensors["momentum_buffer"].any()) for tensors in held[0].values())
+    assert moved > len(held[0]) / 2, "nothing was trained"
+    assert_ledger(lines, size, Config(**{**BASE, **options}))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, {}),
+        (2, {"optimizer_state": "reset", "dtype": "float64"}),
+        (3, {"optimizer": "adamw", "min_blocks": 5}),
+        (4, {"optimizer_state": "reset", "min_blocks": 3}),
+    ],
+)
+def test_the_ledger_is_the_plan(ranks: Any, tmp_path: Path, size: int, options: dict[str, Any]) -> None:
+    options = {"workers": size, "rounds": 3, **options}
+    _, lines = run(ranks, size, tmp_path, **options)
+    assert_ledger(lines, size, Config(**{**BASE, **options}))
+
+
+def train_watched(comm: Comm, config: Config) -> tuple[int, int, int]:
+    """(most bytes of exchange buffers in memory at a time, bytes of a block, exchanges a round)."""
+    trainer = Trainer(comm, config)
+    live: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+    most = exchanges = 0
+    make, exchange = trainer.comm.buffer, trainer.comm.all_to_all
+
+    def buffer(numel: int, dtype: torch.dtype) -> Tensor:
+        nonlocal most
+        made = make(numel, dtype).numpy()  # lives as long as any view of it
+        live[id(made)] = made
+        most = max(most, sum(b.nbytes for b in live.values()))
+        return torch.from_numpy(made)
+
+    def all_to_all(*args: Any) -> None:
+        nonlocal exchanges
+        exchanges += 1
+        exchange(*args)
+
+    trainer.comm.buffer, trainer.comm.all_to_all = buffer, all_to_all  # type: ignore[method-assign]
+    for round in range(2):
+        trained, trainer.deal = trainer.deal, trainer.partition(round + 1)
+        trainer.sync.aggregate(trainer.workers.vectors, trained)
+        trainer.sync.hand_off(trainer.workers.vectors, trained, trainer.deal)
+    vector = trainer.workers.vectors[trainer.layout.workers_of(comm.rank)[0]]
+    return most, trainer.workers.layout.block.numel * vector.element_size(), exchanges // 2
+
+
+@pytest.mark.ranks
+def test_transit_stays_within_the_budget_or_one_block(ranks: Any) -> None:
+    options = BASE | {"model": "resist_test_wide", "dtype": "float64", "workers": 3, "min_blocks": 3}
+    transit = {}
+    for mib in (1, 2):
+        returned = ranks(train_watched, 2, Config(**options, transit_mib=mib))
+        for most, block, _ in returned:
+            assert 0 < most <= max(mib * MIB, block)
+        assert MIB < block < 2 * MIB
+        transit[mib] = max(most for most, _, _ in returned), returned[0][2]
+    assert transit[1] < transit[2]  # the budget is what limits it, ...
+    assert transit[1][1] > transit[2][1] > 4  # ... by slices

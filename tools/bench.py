@@ -40,7 +40,9 @@ Times = dict[str, list[float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="preact_resnet101")
     parser.add_argument("--workers", default="2,4", help="numbers of workers, separated by commas")
     parser.add_argument("--batch_size", type=int, default=4)
@@ -50,7 +52,9 @@ def main() -> None:
     parser.add_argument("--optimizer_state", choices=("travel", "reset"), default="travel")
     parser.add_argument("--what", choices=("local", "sync", "both"), default="both")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    parser.add_argument("--rank_results", type=Path, help=argparse.SUPPRESS)  # set for the ranks started below
+    parser.add_argument(
+        "--rank_results", type=Path, help=argparse.SUPPRESS
+    )  # set for the ranks started below
     args = parser.parse_args()
 
     if args.rank_results is not None:
@@ -61,7 +65,11 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{args.model}, batch {args.batch_size}, {args.img_size}², {device}, torch {torch.__version__}, "
           f"{args.repeats} interleaved repeats; seconds are medians [fastest … slowest]")  # fmt: skip
-    figures: dict[str, Any] = {"arguments": vars(args) | {"output": None}, "device": device, "torch": torch.__version__}
+    figures: dict[str, Any] = {
+        "arguments": vars(args) | {"output": None},
+        "device": device,
+        "torch": torch.__version__,
+    }
     for workers in map(int, args.workers.split(",")):
         if args.what != "sync":
             times = bench_local(args, workers)
@@ -85,7 +93,9 @@ def show(title: str, times: Times, ours: str, per: int = 1) -> None:
             pairs = [a / b for a, b in zip(times[ours], values, strict=True)]
             ratio = statistics.median(times[ours]) / statistics.median(values)
             line += f"   ours / this = {ratio:.3f} (pairs: median {statistics.median(pairs):.3f}, "
-            line += f"{min(pairs):.3f} … {max(pairs):.3f}; of the fastest {min(times[ours]) / min(values):.3f})"
+            line += (
+                f"{min(pairs):.3f} … {max(pairs):.3f}; of the fastest {min(times[ours]) / min(values):.3f})"
+            )
         print(line)
 
 
@@ -144,7 +154,13 @@ def bench_local(args: argparse.Namespace, workers: int) -> Times:
 def start_ranks(args: argparse.Namespace, workers: int) -> Times:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "times.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={workers}",
+        ]
         command += [__file__, *sys.argv[1:], f"--rank_results={results}", f"--workers={workers}"]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         times: Times = json.loads(results.read_text())
@@ -159,7 +175,11 @@ def bench_sync(args: argparse.Namespace) -> Times | None:
     """
     comm = Comm()
     workers = comm.size
-    config, blueprint, layout = config_of(args, workers), Blueprint(args.model, num_classes=10), Layout(workers, workers)
+    config, blueprint, layout = (
+        config_of(args, workers),
+        Blueprint(args.model, num_classes=10),
+        Layout(workers, workers),
+    )
     deals = [sample_partition(0, r, workers=workers, pool=blueprint.pool) for r in range(2)]
     crew = Workers(comm, layout, blueprint, config, deals[0])
     travel = config.optimizer_state == "travel"
@@ -186,9 +206,9 @@ def bench_sync(args: argparse.Namespace) -> Times | None:
     ours()
     sent = sum(comm.gather(comm.ledger.total()))
 
-    dtype = crew.subnet.vector.dtype
-    send = comm.buffer(max(sum(out) for out, _ in calls), dtype).zero_()
-    receive = comm.buffer(max(sum(into) for _, into in calls), dtype).zero_()
+    like = crew.subnet.vector
+    send = comm.buffer(max(sum(out) for out, _ in calls), like).zero_()
+    receive = comm.buffer(max(sum(into) for _, into in calls), like).zero_()
 
     def bare() -> None:
         comm.barrier()
@@ -197,19 +217,21 @@ def bench_sync(args: argparse.Namespace) -> Times | None:
 
     # The same bytes in the two calls that a plain implementation would make: shared, and the blocks at once.
     part = crew.layout.shared
-    shared = comm.buffer(part.numel if travel else part.parameters, dtype).zero_()
+    shared = comm.buffer(part.numel if travel else part.parameters, like).zero_()
     block = crew.layout.block.numel if travel else crew.layout.block.parameters
     to = [sum(1 for b in deals[0].blocks[comm.rank] if b in deals[1].blocks[r]) for r in range(workers)]
     fro = [sum(1 for b in deals[0].blocks[r] if b in deals[1].blocks[comm.rank]) for r in range(workers)]
     to[comm.rank] = fro[comm.rank] = 0
-    blocks_out = comm.buffer(max(1, sum(to) * block), dtype).zero_()
-    blocks_in = comm.buffer(max(1, sum(fro) * block), dtype).zero_()
+    blocks_out = comm.buffer(max(1, sum(to) * block), like).zero_()
+    blocks_in = comm.buffer(max(1, sum(fro) * block), like).zero_()
 
     def two_calls() -> None:
         comm.barrier()
         comm.all_reduce(shared)
         counts_out, counts_in = [n * block for n in to], [n * block for n in fro]
-        comm.all_to_all(blocks_out[: sum(counts_out)], blocks_in[: sum(counts_in)], counts_out, counts_in, "bench")
+        comm.all_to_all(
+            blocks_out[: sum(counts_out)], blocks_in[: sum(counts_in)], counts_out, counts_in, "bench"
+        )
 
     sides = {
         "resist_ds": ours,
