@@ -78,24 +78,25 @@ class Comm:
         pinned = device.type == "cpu" and self.device.type == "cuda"
         return torch.empty(numel, dtype=like.dtype, device=device, pin_memory=pinned)
 
-    def all_to_all(
-        self,
-        send: Tensor,
-        receive: Tensor,
-        send_counts: Sequence[int],
-        receive_counts: Sequence[int],
-        kind: str,
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], kind: str
     ) -> None:
-        """Exchange contiguous segments, `send_counts[r]` elements to rank r. Collective: all ranks.
+        """Send and receive contiguous tensors, (tensor, other rank) each, all at once.
 
-        The segment for this rank itself is copied and not counted in the ledger.
+        Collective: all ranks that take part; messages from one rank to another arrive in their order.
         """
-        others = sum(send_counts) - send_counts[self.rank]
-        self.ledger[kind] += others * send.element_size()
-        if self.size == 1:
-            receive.copy_(send)
-        else:
-            _deepspeed().all_to_all_single(receive, send, list(receive_counts), list(send_counts))
+        dist = _deepspeed()
+        operations = []
+        for operation, messages in ((dist.irecv, receives), (dist.isend, sends)):
+            tags: Counter[int] = Counter()
+            for tensor, rank in messages:
+                assert rank != self.rank and tensor.is_contiguous()
+                operations.append(dist.P2POp(operation, tensor, rank, tag=tags[rank]))
+                tags[rank] += 1
+        self.ledger[kind] += sum(tensor.nbytes for tensor, _ in sends)
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
 
     def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
         """Start sending `tensor` from rank `root` to all; returns the wait. Collective: all ranks."""

@@ -44,10 +44,14 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass under `--mixed_precision`."""
+    """The context of a forward pass under `--mixed_precision`.
+
+    Without its cache: that finds the cast of a weight by the tensor's identity, and evaluation puts one
+    block after the other into the same tensors.
+    """
     dtypes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes[config.mixed_precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def local_steps(

@@ -24,7 +24,7 @@ from resist_ds.partition import (
 )
 from resist_ds.subnet import StateLayout
 
-MEAN_CHUNK = 1 << 18  # elements averaged at a time on a CPU: their fp64 sum stays in a core's cache
+MEAN_CHUNK = 1 << 18  # elements averaged at a time: their fp64 sum stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class Synchroniser:
             leaving = [m for m in moves if self._rank(m.source) != self._rank(m.targets[0])]
             owned = [p for p, owner in enumerate(owners) if owner in self._mine and len(holders[p]) > 1]
             for lo, hi in self._slices(pieces, leaving, vectors):
-                received = self._exchange(pieces, leaving, vectors, now, lo, hi, "aggregate")
-                for piece in owned:
+                arrived = self._exchange(pieces, leaving, vectors, now, lo, hi, "aggregate")
+                for piece in (p for p in owned if lo < pieces.lengths[p]):
                     values = [
                         pieces.slice(vectors[w], piece, w, now, lo, hi)
                         if w in self._mine
-                        else received[piece, w]
+                        else arrived[piece, w]
                         for w in holders[piece]
                     ]
                     _mean(values, out=values[holders[piece].index(owners[piece])])
@@ -104,14 +104,16 @@ class Synchroniser:
     def hand_off(self, vectors: Mapping[int, Tensor], now: Partition, then: Partition) -> None:
         """Bring every piece from its owner to its next holders' slots. Collective: all ranks."""
         plan = plan_hand_off(now, then, self.layout)
-        for pieces, moves in ((self._blocks, plan.blocks), (self._shared, plan.shared)):
+        # Where a chunk of shared goes, nothing is left that must leave: it arrives in its place. Where a
+        # block goes, another may still lie: it waits in the buffer until this slice of all has left.
+        for pieces, moves, places in ((self._blocks, plan.blocks, None), (self._shared, plan.shared, then)):
             for lo, hi in self._slices(pieces, moves, vectors):
-                received = self._exchange(pieces, moves, vectors, now, lo, hi, "hand_off")
-                for move in moves:
-                    for worker in move.targets:
-                        if worker in self._mine:
-                            slot = pieces.slice(vectors[worker], move.piece, worker, then, lo, hi)
-                            slot.copy_(received[move.piece, move.source])
+                arrived = self._exchange(pieces, moves, vectors, now, lo, hi, "hand_off", places)
+                for move in (m for m in moves if (m.piece, m.source) in arrived):
+                    for worker in (w for w in move.targets if w in self._mine):
+                        place = pieces.slice(vectors[worker], move.piece, worker, then, lo, hi)
+                        if place.data_ptr() != arrived[move.piece, move.source].data_ptr():
+                            place.copy_(arrived[move.piece, move.source])
 
     def _rank(self, worker: int) -> int:
         return self.layout.rank_of(worker)
@@ -120,9 +122,11 @@ class Synchroniser:
         self, pieces: Pieces, moves: Sequence[Move], vectors: Mapping[int, Tensor]
     ) -> Iterator[tuple[int, int]]:
         """[lo, hi) of each pass, within the budget; one pass with nothing to carry where nothing moves."""
-        itemsize = next(iter(vectors.values())).element_size()
+        like = next(iter(vectors.values()))
+        budget = max(self.budget // like.element_size(), self._block_length)
+        if self._transit.numel() < budget:  # kept from then on, so that its pages are touched once
+            self._transit = self.comm.buffer(budget, like)
         longest = max(pieces.lengths)
-        budget = max(self.budget // itemsize, self._block_length)
         step = slice_length(tuple(moves), self.layout, longest, budget)
         return ((lo, min(lo + step, longest)) for lo in range(0, longest, step))
 
@@ -135,45 +139,52 @@ class Synchroniser:
         lo: int,
         hi: int,
         kind: str,
+        places: Partition | None = None,
     ) -> dict[tuple[int, int], Tensor]:
         """Carry [lo, hi) of every moving piece to its targets' rank. Collective: all ranks.
 
+        What leaves is sent straight from its vector, where the back end can read that.
+
+        Args:
+            places: the partition in which pieces may arrive in their place at once, or None.
+
         Returns:
-            {(piece, source worker): what arrived here}, views of a buffer that the next pass reuses.
+            {(piece, source worker): what is now here}, in its place, or in a buffer for the next pass.
         """
-        rank, size = self.comm.rank, self.comm.size
-        outgoing: list[list[Move]] = [[] for _ in range(size)]
-        incoming: list[list[Move]] = [[] for _ in range(size)]
+        rank, used = self.comm.rank, 0
+        sends: list[tuple[Tensor, int]] = []
+        receives: list[tuple[Tensor, int]] = []
+        arrived: dict[tuple[int, int], Tensor] = {}
+
+        def room(length: int) -> Tensor:
+            nonlocal used
+            used += length
+            return self._transit[used - length : used]
+
         for move in moves:
             source, target = self._rank(move.source), self._rank(move.targets[0])
+            length = min(hi, pieces.lengths[move.piece]) - lo
+            if length <= 0 or rank not in (source, target):
+                continue
             if source == rank:
-                outgoing[target].append(move)
-            if target == rank:
-                incoming[source].append(move)
-
-        def length(move: Move) -> int:
-            return max(0, min(hi, pieces.lengths[move.piece]) - lo)
-
-        send_counts = [sum(map(length, to)) for to in outgoing]
-        receive_counts = [sum(map(length, of)) for of in incoming]
-        send, receive = self._buffers(sum(send_counts), sum(receive_counts), next(iter(vectors.values())))
-        end = 0
-        for move in (m for to in outgoing for m in to):
-            part = pieces.slice(vectors[move.source], move.piece, move.source, now, lo, hi)
-            send[end : end + len(part)].copy_(part)
-            end += len(part)
-        self.comm.all_to_all(send, receive, send_counts, receive_counts, kind)
-        arrived, end = {}, 0
-        for move in (m for of in incoming for m in of):
-            arrived[move.piece, move.source] = receive[end : end + length(move)]
-            end += length(move)
+                part = pieces.slice(vectors[move.source], move.piece, move.source, now, lo, hi)
+                readable = part.device == self._transit.device if target != rank else places is not None
+                part = part if readable else room(length).copy_(part)
+                if target == rank:
+                    arrived[move.piece, move.source] = part
+                else:
+                    sends.append((part, target))
+            else:
+                worker = move.targets[0]
+                part = vectors[worker][:0]
+                if places is not None:
+                    part = pieces.slice(vectors[worker], move.piece, worker, places, lo, hi)
+                if part.device != self._transit.device or places is None:
+                    part = room(length)
+                receives.append((part, source))
+                arrived[move.piece, move.source] = part
+        self.comm.exchange(sends, receives, kind)
         return arrived
-
-    def _buffers(self, send: int, receive: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two exchange buffers out of one allocation that is kept, so that its pages are touched once."""
-        if self._transit.numel() < send + receive or self._transit.dtype != like.dtype:
-            self._transit = self.comm.buffer(send + receive, like)
-        return self._transit[:send], self._transit[send : send + receive]
 
 
 def _mean(values: Sequence[Tensor], out: Tensor) -> None:
@@ -181,11 +192,10 @@ def _mean(values: Sequence[Tensor], out: Tensor) -> None:
 
     A plain fp32 mean of n equal values changes 15 % of them at n = 3 and 44 % at n = 8; in fp64 none.
     """
-    step = min(len(out), MEAN_CHUNK if out.device.type == "cpu" else len(out))
-    total = torch.empty(step, dtype=torch.float64, device=out.device)
-    for lo in range(0, len(out), max(1, step)):
+    total = torch.empty(min(len(out), MEAN_CHUNK), dtype=torch.float64, device=out.device)
+    for lo in range(0, len(out), MEAN_CHUNK):
         part = total[: len(out) - lo]
-        part.copy_(values[0][lo : lo + step])
+        part.copy_(values[0][lo : lo + MEAN_CHUNK])
         for value in values[1:]:
-            part += value[lo : lo + step].to(out.device)
-        out[lo : lo + step] = part.div_(len(values))
+            part += value[lo : lo + MEAN_CHUNK].to(out.device)
+        out[lo : lo + MEAN_CHUNK] = part.div_(len(values))
