@@ -106,11 +106,6 @@ class Comm:
             self.ledger[kind] += (self.size - 1) * tensor.nbytes
         return _deepspeed().broadcast(tensor, root, async_op=True).wait
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Sum `tensor` over the ranks, in place. Collective: all ranks."""
-        if self.size > 1:
-            _deepspeed().all_reduce(tensor)
-
     def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
         """Stack every rank's [n, …] rows, rank-major, in host memory. Collective: all ranks, equal shapes."""
         rows = rows.cpu().contiguous()

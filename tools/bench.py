@@ -4,7 +4,7 @@
     python tools/bench.py --model resnetv2_101 --img_size 64 --workers 2,4,8 --batch_size 2
 
 local step       the trainer's local step against a bare training loop over a plain net of the same shape
-synchronisation  aggregate + hand-off against the bare collectives that they issue (same calls, same sizes,
+synchronisation  aggregate + hand-off against the bare communication that they issue (the same messages and
                  nothing else), and against one all-reduce of shared plus one all-to-all of the blocks
 
 The two sides take turns, and medians over the repeats are printed with their spread, since machines are
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -187,33 +188,30 @@ def bench_sync(args: argparse.Namespace) -> Times | None:
         comm, layout, crew.layout, blueprint.pool, budget=config.transit_mib << 20, travel=travel
     )
 
-    calls: list[tuple[list[int], list[int]]] = []
-    all_to_all = comm.all_to_all
+    calls: list[tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]] = []
+    exchange = comm.exchange
 
-    def recorded(send: Tensor, receive: Tensor, out: list[int], into: list[int], kind: str) -> None:
-        calls.append((out, into))
-        all_to_all(send, receive, out, into, kind)
+    def recorded(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], kind: str) -> None:
+        calls.append((sends, receives))
+        exchange(sends, receives, kind)
 
     def ours() -> None:
         comm.barrier()
         sync.aggregate(crew.vectors, deals[0])
         sync.hand_off(crew.vectors, deals[0], deals[1])
 
-    comm.all_to_all = recorded  # type: ignore[method-assign]
+    comm.exchange = recorded  # type: ignore[method-assign]
     ours()
-    comm.all_to_all = all_to_all  # type: ignore[method-assign]
+    comm.exchange = exchange  # type: ignore[method-assign]
     comm.ledger.clear()
     ours()
     sent = sum(comm.gather(comm.ledger.total()))
-
     like = crew.subnet.vector
-    send = comm.buffer(max(sum(out) for out, _ in calls), like).zero_()
-    receive = comm.buffer(max(sum(into) for _, into in calls), like).zero_()
 
     def bare() -> None:
         comm.barrier()
-        for out, into in calls:
-            comm.all_to_all(send[: sum(out)], receive[: sum(into)], out, into, "bench")
+        for sends, receives in calls:
+            comm.exchange(sends, receives, "bench")
 
     # The same bytes in the two calls that a plain implementation would make: shared, and the blocks at once.
     part = crew.layout.shared
@@ -222,20 +220,18 @@ def bench_sync(args: argparse.Namespace) -> Times | None:
     to = [sum(1 for b in deals[0].blocks[comm.rank] if b in deals[1].blocks[r]) for r in range(workers)]
     fro = [sum(1 for b in deals[0].blocks[r] if b in deals[1].blocks[comm.rank]) for r in range(workers)]
     to[comm.rank] = fro[comm.rank] = 0
-    blocks_out = comm.buffer(max(1, sum(to) * block), like).zero_()
-    blocks_in = comm.buffer(max(1, sum(fro) * block), like).zero_()
+    blocks_out = comm.buffer(sum(to) * block, like).zero_()
+    blocks_in = comm.buffer(sum(fro) * block, like).zero_()
 
     def two_calls() -> None:
         comm.barrier()
-        comm.all_reduce(shared)
-        counts_out, counts_in = [n * block for n in to], [n * block for n in fro]
-        comm.all_to_all(
-            blocks_out[: sum(counts_out)], blocks_in[: sum(counts_in)], counts_out, counts_in, "bench"
-        )
+        torch.distributed.all_reduce(shared)
+        counts = [n * block for n in fro], [n * block for n in to]
+        torch.distributed.all_to_all_single(blocks_in, blocks_out, *counts)
 
     sides = {
         "resist_ds": ours,
-        f"its bare collectives ({len(calls)} calls)": bare,
+        f"its bare messages, in {len(calls)} batches": bare,
         "one all-reduce + one all-to-all": two_calls,
     }
     times = interleave(sides, args.repeats, comm.device)
