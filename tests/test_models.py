@@ -63,7 +63,12 @@ def pieces(plan, seed):
     """{timm name: initial value} of the whole global model, put together from its pieces."""
     values = dict(plan.initial_shared(seed))
     for block in range(plan.pool):
-        values |= {plan.block_prefix(block) + n: v for n, v in plan.initial_block(seed, block).items()}
+        # Of a deep net, three blocks are drawn and stand for all, each a little larger than the one before.
+        drawn = plan.initial_block(seed, block) if block < 3 or plan.pool < 10 else None
+        source = plan.block_prefix(block if drawn else block % 3)
+        for name, _ in plan.block:
+            value = drawn[name] if drawn else values[source + name] * (1 + block / 100)
+            values[plan.block_prefix(block) + name] = value
     return values
 
 

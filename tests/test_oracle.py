@@ -121,7 +121,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "schedule": "cosine",
             "lr_warmup_steps": 4,
             "channels_last": True,
-            "cpu_threads": 2,
         },
     ),
     # post-activation nets, and odd pools

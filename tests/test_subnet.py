@@ -44,7 +44,10 @@ def options(**given):
 
 @functools.cache
 def blueprint(name=MODEL):
-    return Blueprint(name, 10)
+    plan = Blueprint(name, 10)
+    for method in ("initial_shared", "initial_block"):  # timm's constructor takes most of such small tests
+        setattr(plan, method, functools.cache(getattr(plan, method)))
+    return plan
 
 
 def subnet_of(config, slots=2):

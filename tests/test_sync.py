@@ -23,6 +23,7 @@ from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, Partition, chunk_bounds, sample_partition, synchronisation_bytes
 from resist_ds.subnet import OptimizerState, PartLayout, StateLayout
 from resist_ds.sync import Synchroniser
+from resist_ds.telemetry import Telemetry
 from resist_ds.trainer import Trainer
 from tests import oracle  # registers the narrow nets
 
@@ -56,12 +57,14 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 
 class Wire:
-    """What joins the ranks: a table of what each sends, and a barrier on both sides of reading it."""
+    """What joins the ranks: the messages on their way, {(source, target): in order}, and a barrier."""
 
     def __init__(self, size: int):
         self.size = size
         self.barrier = threading.Barrier(size, timeout=30)
-        self.sent: list[tuple[Tensor, ...]] = [()] * size
+        self.posted: dict[tuple[int, int], list[Tensor]] = {
+            pair: [] for pair in itertools.product(range(size), repeat=2)
+        }
 
 
 class ThreadComm:
@@ -74,29 +77,27 @@ class ThreadComm:
         self.live: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
         self.most = 0  # bytes of buffers that were in memory at a time
 
-    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        buffer = torch.full((numel,), torch.nan, dtype=dtype).numpy()  # lives as long as any view of it
+    def buffer(self, numel: int, like: Tensor) -> Tensor:
+        buffer = torch.full((numel,), torch.nan, dtype=like.dtype).numpy()  # lives as long as any view of it
         self.live[id(buffer)] = buffer
         self.most = max(self.most, sum(b.nbytes for b in self.live.values()))
         return torch.from_numpy(buffer)
 
-    def all_to_all(
-        self,
-        send: Tensor,
-        receive: Tensor,
-        send_counts: Sequence[int],
-        receive_counts: Sequence[int],
-        kind: str,
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], kind: str
     ) -> None:
-        self.wire.sent[self.rank] = tuple(part.clone() for part in send.split(list(send_counts)))
+        for tensor, rank in sends:
+            assert rank != self.rank and tensor.is_contiguous()
+            self.wire.posted[self.rank, rank].append(tensor.clone())
+            self.ledger[kind] += tensor.nbytes
         self.wire.barrier.wait()
-        for source, into in enumerate(receive.split(list(receive_counts))):
-            part = self.wire.sent[source][self.rank]
-            assert part.shape == into.shape, "a rank expects another number of elements than its peer sends"
-            into.copy_(part)
-        self.ledger[kind] += sum(
-            part.nbytes for r, part in enumerate(self.wire.sent[self.rank]) if r != self.rank
-        )
+        for tensor, rank in receives:
+            assert rank != self.rank and tensor.is_contiguous()
+            message = self.wire.posted[rank, self.rank].pop(0)
+            assert message.shape == tensor.shape, "a rank expects other messages than its peer sends"
+            tensor.copy_(message)
+        self.wire.barrier.wait()
+        assert not any(self.wire.posted.values()), "something was sent that nobody waits for"
         self.wire.barrier.wait()
 
 
@@ -455,21 +456,21 @@ def train_watched(comm: Comm, config: Config) -> tuple[int, int, int]:
     trainer = Trainer(comm, config)
     live: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
     most = exchanges = 0
-    make, exchange = trainer.comm.buffer, trainer.comm.all_to_all
+    make, exchange = trainer.comm.buffer, trainer.comm.exchange
 
-    def buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    def buffer(numel: int, like: Tensor) -> Tensor:
         nonlocal most
-        made = make(numel, dtype).numpy()  # lives as long as any view of it
+        made = make(numel, like).numpy()  # lives as long as any view of it
         live[id(made)] = made
         most = max(most, sum(b.nbytes for b in live.values()))
         return torch.from_numpy(made)
 
-    def all_to_all(*args: Any) -> None:
+    def counted(*args: Any) -> None:
         nonlocal exchanges
         exchanges += 1
         exchange(*args)
 
-    trainer.comm.buffer, trainer.comm.all_to_all = buffer, all_to_all  # type: ignore[method-assign]
+    trainer.comm.buffer, trainer.comm.exchange = buffer, counted  # type: ignore[method-assign]
     for round in range(2):
         trained, trainer.deal = trainer.deal, trainer.partition(round + 1)
         trainer.sync.aggregate(trainer.workers.vectors, trained)
@@ -490,3 +491,17 @@ def test_transit_stays_within_the_budget_or_one_block(ranks: Any) -> None:
         transit[mib] = max(most for most, _, _ in returned), returned[0][2]
     assert transit[1] < transit[2]  # the budget is what limits it, ...
     assert transit[1][1] > transit[2][1] > 4  # ... by slices
+
+
+def threads_in_use(comm: Comm, config: Config) -> int:
+    """CPU threads once everything that might set their number has been made."""
+    trainer = Trainer(comm, config)
+    with Telemetry(comm, trainer.config, rounds=1) as telemetry:
+        telemetry.open({})
+    return torch.get_num_threads()
+
+
+@pytest.mark.ranks
+def test_no_library_sets_another_number_of_threads(ranks: Any, tmp_path: Path) -> None:
+    config = Config(**{**BASE, "workers": 2, "cpu_threads": 3, "output_dir": str(tmp_path)})
+    assert ranks(threads_in_use, 2, config) == [3, 3]
