@@ -8,7 +8,8 @@ go over NCCL where every rank has a GPU of its own, else over gloo with their bu
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -95,8 +96,9 @@ class Comm:
                 tags[rank] += 1
         self.ledger[kind] += sum(tensor.nbytes for tensor, _ in sends)
         if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+            with _peers_alive():
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
 
     def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
         """Start sending `tensor` from rank `root` to all; returns the wait. Collective: all ranks."""
@@ -104,7 +106,9 @@ class Comm:
             return lambda: None
         if self.rank == root:
             self.ledger[kind] += (self.size - 1) * tensor.nbytes
-        return _deepspeed().broadcast(tensor, root, async_op=True).wait
+        with _peers_alive():
+            work = _deepspeed().broadcast(tensor, root, async_op=True)
+        return _peers_alive()(work.wait)
 
     def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
         """Stack every rank's [n, …] rows, rank-major, in host memory. Collective: all ranks, equal shapes."""
@@ -113,14 +117,16 @@ class Comm:
             return rows
         self.ledger[kind] += (self.size - 1) * rows.nbytes
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
-        _deepspeed().all_gather(gathered, rows)
+        with _peers_alive():
+            _deepspeed().all_gather(gathered, rows)
         return torch.cat(gathered)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's (small, picklable) value, by rank. Collective: all ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            _deepspeed().all_gather_object(values, value)
+            with _peers_alive():
+                _deepspeed().all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
@@ -161,6 +167,16 @@ def _portable(error: Exception | None) -> RunError | None:
     if error is None:
         return None
     return RunError(f"a rank failed with {type(error).__name__}: {error}")
+
+
+@contextmanager
+def _peers_alive() -> Iterator[None]:
+    """A collective that breaks because another rank has died ends this one with one line too."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"lost contact with another rank, which may have been killed ({reason})") from error
 
 
 @cache

@@ -162,7 +162,7 @@ class Telemetry:
         self.totals = Totals()
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Open the run's files and its tracker. Collective: all ranks.
+        """Open the run's files and its tracker, on every rank; no communication.
 
         Args:
             settings: what the tracker shows as the run's configuration.
@@ -178,9 +178,14 @@ class Telemetry:
         )
         assert accelerator.num_processes == self._comm.size, (accelerator.num_processes, self._comm.size)
         if self._main:
-            folder = Path(config.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("w", buffering=1)
+            try:
+                folder = Path(config.output_dir).expanduser()
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = (folder / "metrics.jsonl").open("w", buffering=1)
+            except OSError as error:
+                raise UserError(
+                    f"--output_dir {config.output_dir} cannot be written: {error.strerror}"
+                ) from error
             if config.progress:
                 self._bar = tqdm(total=self._rounds, unit="round", dynamic_ncols=True, disable=None)
         if config.log_with != "none":
@@ -249,9 +254,14 @@ class Telemetry:
     def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the tracker."""
         self._last |= metrics
-        if self._file is None:
+        if not self._main:
             return
-        self._file.write(json.dumps({"kind": kind, **metrics}) + "\n")
+        try:
+            if self._file is not None:
+                self._file.write(json.dumps({"kind": kind, **metrics}) + "\n")
+        except OSError as error:  # a full disk, say: the others wait in the next collective
+            self.say(f"warning: metrics.jsonl cannot be written, going on without it: {error.strerror}")
+            self._file = None
         if self._accelerator is not None and kind != "summary":
             try:
                 self._accelerator.log(dict(metrics))

@@ -90,7 +90,7 @@ class Trainer:
         """Train to the end; returns the last evaluation. Collective: all ranks."""
         job = report.Job(self.config, self.comm, self.layout, self.blueprint, self.data, self.rounds)
         with Telemetry(self.comm, self.config, self.rounds) as telemetry:
-            telemetry.open(job.settings())
+            self.comm.agree(lambda: telemetry.open(job.settings()))
             telemetry.say(report.opening(job, self.deal))
             batches = self._batches()
             for round in range(self.rounds):

@@ -277,7 +277,7 @@ def situations(draw: Any) -> Situation:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(situations())
 def test_a_synchronisation_is_means_over_holders_brought_to_the_next_ones(s: Situation) -> None:
     generator = torch.Generator().manual_seed(s.seed)
