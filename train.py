@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 from resist_ds.config import parse
 from resist_ds.errors import RunError
@@ -11,7 +12,9 @@ if __name__ == "__main__":
         config = parse()
     except RunError as error:  # every rank reads the same words: the first of each machine answers
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:  # a launcher that sees one rank end ends the others, perhaps before they have said why
+            time.sleep(10)
         sys.exit(error.exit_code)
 
     from resist_ds.trainer import main  # after parsing, so that --help and mistakes do not wait for torch

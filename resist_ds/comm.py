@@ -7,6 +7,7 @@ go over NCCL where every rank has a GPU of its own, else over gloo with their bu
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ class Comm:
                 tags[rank] += 1
         self.ledger[kind] += sum(tensor.nbytes for tensor, _ in sends)
         if operations:
-            with _peers_alive():
+            with self._others():
                 for work in dist.batch_isend_irecv(operations):
                     work.wait()
 
@@ -106,9 +107,9 @@ class Comm:
             return lambda: None
         if self.rank == root:
             self.ledger[kind] += (self.size - 1) * tensor.nbytes
-        with _peers_alive():
+        with self._others():
             work = _deepspeed().broadcast(tensor, root, async_op=True)
-        return _peers_alive()(work.wait)
+        return self._others()(work.wait)
 
     def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
         """Stack every rank's [n, …] rows, rank-major, in host memory. Collective: all ranks, equal shapes."""
@@ -117,7 +118,7 @@ class Comm:
             return rows
         self.ledger[kind] += (self.size - 1) * rows.nbytes
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
-        with _peers_alive():
+        with self._others():
             _deepspeed().all_gather(gathered, rows)
         return torch.cat(gathered)
 
@@ -125,7 +126,7 @@ class Comm:
         """Every rank's (small, picklable) value, by rank. Collective: all ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            with _peers_alive():
+            with self._others():
                 _deepspeed().all_gather_object(values, value)
         return values
 
@@ -145,11 +146,7 @@ class Comm:
             result = work()
         except Exception as e:
             error = e
-        failed = [
-            e
-            for e in self.gather(error if isinstance(error, RunError) else _portable(error))
-            if e is not None
-        ]
+        failed = [e for e in self.gather(self._portable(error)) if e is not None]
         if failed:
             if error is not None and not isinstance(error, RunError):
                 raise error  # a defect: this rank shows where
@@ -158,25 +155,28 @@ class Comm:
 
     def close(self) -> None:
         """Leave the job. Collective: all ranks."""
-        if self.size > 1 and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():  # on one rank too: accelerate makes a group under torchrun
             torch.distributed.destroy_process_group()
 
+    def _portable(self, error: Exception | None) -> RunError | None:
+        """An error of any class as one that every rank can unpickle."""
+        if error is None or isinstance(error, RunError):
+            return error
+        return RunError(f"rank {self.rank} failed with {type(error).__name__}: {error}")
 
-def _portable(error: Exception | None) -> RunError | None:
-    """An error of any class as one that every rank can unpickle."""
-    if error is None:
-        return None
-    return RunError(f"a rank failed with {type(error).__name__}: {error}")
-
-
-@contextmanager
-def _peers_alive() -> Iterator[None]:
-    """A collective that breaks because another rank has died ends this one with one line too."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"lost contact with another rank, which may have been killed ({reason})") from error
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        """A collective: one line when another rank is gone (killed, out of memory), and no traceback."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            said = re.search(r"(?<=\] )[^.]*", str(error))  # without gloo's source line and advice
+            raise RunError(
+                f"rank {self.rank} lost another rank, whose own message or exit says why "
+                f"({said.group() if said else type(error).__name__})"
+            ) from error
 
 
 @cache

@@ -141,7 +141,8 @@ class Blueprint:
             near = difflib.get_close_matches(
                 name, sorted({*CIFAR_NETS, *TESTED, *timm.list_models("resnet*")}), 3
             )
-            raise UserError(f"unknown --model {name}" + (f" (nearest: {', '.join(near)})" if near else ""))
+            hint = f" (nearest: {', '.join(near)})" if near else f". {_families()}"
+            raise UserError(f"unknown --model {name}{hint}")
 
         # The constructor registers its tensors in the same order every time: the place in that order
         # is what tells a tensor's name while the model is still being built.

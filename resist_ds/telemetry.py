@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -179,13 +179,14 @@ class Telemetry:
         assert accelerator.num_processes == self._comm.size, (accelerator.num_processes, self._comm.size)
         if self._main:
             try:
-                folder = Path(config.output_dir).expanduser()
-                folder.mkdir(parents=True, exist_ok=True)
-                self._file = (folder / "metrics.jsonl").open("w", buffering=1)
+                path = metrics_path(config)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("w", buffering=1)
             except OSError as error:
                 raise UserError(
-                    f"--output_dir {config.output_dir} cannot be written: {error.strerror}"
-                ) from error
+                    f"--output_dir {config.output_dir} cannot be written to ({error.strerror}): "
+                    "type another folder"
+                ) from None
             if config.progress:
                 self._bar = tqdm(total=self._rounds, unit="round", dynamic_ncols=True, disable=None)
         if config.log_with != "none":
@@ -209,8 +210,7 @@ class Telemetry:
                 run = accelerator.get_tracker("wandb", unwrap=True)
                 run.define_metric("*", step_metric="global_step")
         except Exception as error:  # a tracker that is down must not stop a run; metrics.jsonl has it all
-            if self._main:
-                self.say(f"warning: {config.log_with} could not be started, going on without it: {error}")
+            self.warn(f"{config.log_with} could not be started, going on without it: {error}")
             return
         self._accelerator = accelerator
 
@@ -253,20 +253,26 @@ class Telemetry:
 
     def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the tracker."""
-        self._last |= metrics
+        peaks = {key: max(v, self._last.get(key, v)) for key, v in metrics.items() if "_gib" in key}
+        self._last |= {**metrics, **peaks}  # the summary's peaks are those of the whole run
         if not self._main:
             return
         try:
             if self._file is not None:
-                self._file.write(json.dumps({"kind": kind, **metrics}) + "\n")
+                # JSON has no NaN: the loss of a run that diverged is null.
+                finite = {
+                    k: None if isinstance(v, float) and not math.isfinite(v) else v
+                    for k, v in metrics.items()
+                }
+                self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
         except OSError as error:  # a full disk, say: the others wait in the next collective
-            self.say(f"warning: metrics.jsonl cannot be written, going on without it: {error.strerror}")
+            self.warn(f"cannot write {metrics_path(self._config)}: {error.strerror}; going on without it")
             self._file = None
         if self._accelerator is not None and kind != "summary":
             try:
                 self._accelerator.log(dict(metrics))
             except Exception as error:
-                self.say(f"warning: {self._config.log_with} failed, going on without it: {error}")
+                self.warn(f"{self._config.log_with} failed, going on without it: {error}")
                 self._accelerator = None
 
     def say(self, text: str) -> None:
@@ -274,6 +280,11 @@ class Telemetry:
         if self._main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """Something that does not stop the run; from rank 0."""
+        if self._main:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -284,9 +295,19 @@ class Telemetry:
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
-            self._file.close()
-        if self._accelerator is not None:
-            self._accelerator.end_training()
+            with suppress(OSError):  # of a full disk; the write before has said so
+                self._file.close()
+        if self._accelerator is not None:  # not its end_training, which would also end the process group
+            try:
+                for tracker in self._accelerator.trackers:
+                    tracker.finish()
+            except Exception as failure:
+                self.warn(f"{self._config.log_with} could not be closed: {failure}")
+
+
+def metrics_path(config: Config) -> Path:
+    """Where a run writes its records."""
+    return Path(config.output_dir).expanduser() / "metrics.jsonl"
 
 
 def _check_tracker(config: Config) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -36,7 +37,7 @@ def main(config: Config) -> int:
         return 0
     except RunError as error:
         if comm.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     finally:
         comm.close()
@@ -60,7 +61,8 @@ class Trainer:
         workers = config.workers or (comm.size if comm.size > 1 else 4)
         if workers < comm.size:
             raise UserError(
-                f"--workers {workers} is less than the {comm.size} ranks: start at most {workers} ranks"
+                f"--workers {workers} is less than the {comm.size} ranks: "
+                f"type --workers {comm.size} or more, or start fewer ranks"
             )
         self.layout = Layout(workers, comm.size)
         self.data = self._load_data()
@@ -75,7 +77,7 @@ class Trainer:
         self.rounds = config.rounds or math.ceil(steps / config.local_steps)
 
         self.deal = self.partition(0)
-        self.workers = Workers(comm, self.layout, self.blueprint, config, self.deal)
+        self.workers = comm.agree(self._place_workers)
         self.sync = Synchroniser(
             comm,
             self.layout,
@@ -119,6 +121,25 @@ class Trainer:
         least = pool if round < config.warmup_rounds else config.min_blocks
         return sample_partition(config.seed, round, workers=self.layout.workers, pool=pool, min_blocks=least)
 
+    def _place_workers(self) -> Workers:
+        with self._within_memory():
+            return Workers(self.comm, self.layout, self.blueprint, self.config, self.deal)
+
+    @contextmanager
+    def _within_memory(self) -> Iterator[None]:
+        """One line when memory runs out. (A CPU's is a RuntimeError without a class of its own.)"""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not out and "can't allocate memory" not in str(error):
+                raise
+            raise RunError(
+                f"out of memory on {self.comm.device} of rank {self.comm.rank}: more --workers hold fewer "
+                "blocks each; or lower --batch_size, raise --accumulation_steps, or add "
+                "--activation_checkpointing"
+            ) from error
+
     def _load_data(self) -> Data:
         """The data set, fetched first where that is allowed. Collective: all ranks."""
         comm, config = self.comm, self.config
@@ -145,21 +166,25 @@ class Trainer:
         if config.optimizer_state == "reset":
             self.workers.reset_optimizer()
         try:
-            for worker in self.workers.turns():
-                tally = local_steps(
-                    self.workers.subnet,
-                    worker,
-                    batches,
-                    first=round * config.local_steps,
-                    count=config.local_steps,
-                    steps=self.rounds * config.local_steps,
-                    config=config,
-                )
-                self.meter.tally(worker.index, tally)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"out of memory on {self.comm.device} of rank {self.comm.rank}: lower --batch_size, raise "
-                "--accumulation_steps, or add --activation_checkpointing"
+            with self._within_memory():
+                for worker in self.workers.turns():
+                    tally = local_steps(
+                        self.workers.subnet,
+                        worker,
+                        batches,
+                        first=round * config.local_steps,
+                        count=config.local_steps,
+                        steps=self.rounds * config.local_steps,
+                        config=config,
+                    )
+                    self.meter.tally(worker.index, tally)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "BatchNorm cannot train on a single image whose maps shrink to 1×1: type a larger "
+                f"--img_size, or a --batch_size of at least {2 * config.accumulation_steps} "
+                "(2 for each accumulation step)"
             ) from error
 
     def _synchronise(self, trained: Partition, deal: Partition) -> None:

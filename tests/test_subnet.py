@@ -317,9 +317,10 @@ def test_training_touches_no_buffer_of_batch_norm(precision):
     assert torch.equal(again.module(next(batches(1))[0]), logits)
 
 
-def test_fp16_scales_the_loss_and_skips_a_step_that_overflows():
-    """The scaler of a CPU: one step with finite gradients, one without."""
-    config = options(mixed_precision="fp16", momentum=0.0, weight_decay=0.0)
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(clip):
+    """The scaler of a CPU: one step with finite gradients, clipped at their true size, and one without."""
+    config = options(mixed_precision="fp16", momentum=0.0, weight_decay=0.0, clip_grad=clip)
     subnet = trained_values(subnet_of(config))
     reference = trained_values(subnet_of(replace(config, mixed_precision="no")))
     before = subnet.vector.clone()

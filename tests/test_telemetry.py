@@ -1,0 +1,353 @@
+"""What a run tells: metrics.jsonl, one tracker run per job, the first lines and the closing table."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from resist_ds import report, telemetry
+from resist_ds.comm import Comm
+from resist_ds.config import Config
+from resist_ds.telemetry import Telemetry
+from resist_ds.trainer import Trainer
+from tests.conftest import Ranks, run_ranks
+
+pytestmark = pytest.mark.ranks
+
+W, R, K, P = 3, 2, 3, 8
+BATCH, STEPS = 8, 2
+
+OPTIONS: dict[str, Any] = {
+    "dataset": "synthetic",
+    "img_size": 8,
+    "workers": W,
+    "batch_size": BATCH,
+    "local_steps": STEPS,
+    "rounds": 3,
+    "eval_every": 2,
+    "calibration_samples": 32,
+    "cpu_threads": 1,
+    "log_with": "none",
+    "progress": False,
+}
+
+# What the documentation promises, by the kind of line.
+POSITION = {"kind", "round", "global_step", "samples_seen", "lr", "mem/params_held", "mem/params_full"}
+MEMORY = {"mem/peak_gib", "mem/peak_gib/rank0", "mem/peak_gib/rank1"}
+TRAIN = {"train/loss", "train/accuracy", "perf/samples_per_s", "perf/local_s", "perf/sync_s"}
+EVAL = {"eval/loss", "eval/accuracy", "perf/eval_s", "comm/bytes_eval", "comm/bytes_total"}
+BYTES = {"comm/bytes_round", "comm/bytes_total"}
+# What comes on top: the peak of each phase, what torch has reserved on a GPU, and the summary's own.
+EXTRA_ROUND = {"mem/local_gib", "mem/sync_gib", "mem/reserved_gib"}
+EXTRA_EVAL = {"mem/eval_gib", "mem/reserved_gib"}
+KEYS = {
+    "round": POSITION | MEMORY | TRAIN | BYTES | EXTRA_ROUND,
+    "eval": POSITION | MEMORY | EVAL | EXTRA_EVAL,
+}
+KEYS["summary"] = KEYS["round"] | KEYS["eval"] | {"eval/best_accuracy", "settings"}
+
+
+def train(comm: Comm, options: dict[str, Any]) -> str:
+    """A run; returns what this rank printed."""
+    if comm.size == 1:  # as under plain python, where accelerate finds no launcher
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        Trainer(comm, Config(**options)).run()
+    return printed.getvalue()
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, which must be JSON to the letter (Python's own reader lets NaN pass)."""
+
+    def reject(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=reject) for line in lines]
+
+
+class Run:
+    """A finished run on two ranks, with a line of each kind more than once."""
+
+    def __init__(self, folder: Path, store: Path):
+        self.folder = folder
+        self.printed = run_ranks(train, R, OPTIONS | {"output_dir": str(folder)}, store=store)
+        self.records = records(folder)
+        self.rounds = [r for r in self.records if r["kind"] == "round"]
+        self.evals = [r for r in self.records if r["kind"] == "eval"]
+        self.summary = self.records[-1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(
+        tmp_path_factory.mktemp("runs") / "made" / "for me", tmp_path_factory.mktemp("store") / "store"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+
+def test_one_line_per_round_evaluation_and_run(run: Run) -> None:
+    kinds = [(r["kind"], r["round"]) for r in run.records]
+    assert kinds == [("round", 1), ("round", 2), ("eval", 2), ("round", 3), ("eval", 3), ("summary", 3)]
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_the_keys_are_the_documented_ones(kind: str, run: Run) -> None:
+    for record in run.records:
+        if record["kind"] == kind:
+            assert set(record) == KEYS[kind]
+
+
+def test_positions_follow_from_the_options(run: Run) -> None:
+    for record in run.records:
+        assert record["global_step"] == record["round"] * STEPS
+        assert record["samples_seen"] == record["round"] * STEPS * W * BATCH
+    assert [r["lr"] for r in run.rounds] == pytest.approx([0.01, 0.001, 0.0001])  # that of the last step
+
+
+def test_bytes_add_up(run: Run) -> None:
+    total = 0
+    for record in run.records[:-1]:
+        moved = record["comm/bytes_round" if record["kind"] == "round" else "comm/bytes_eval"]
+        assert moved > 0
+        total += moved
+        assert record["comm/bytes_total"] == total
+    assert run.summary["comm/bytes_total"] == total
+
+
+def test_figures_of_training_are_means_over_the_images(run: Run) -> None:
+    for record in run.rounds:
+        assert 1.5 < record["train/loss"] < 4  # ln 10 = 2.3, hardly trained
+        right = record["train/accuracy"] * STEPS * W * BATCH
+        assert right == pytest.approx(round(right), abs=1e-9)
+        busy = record["perf/local_s"] + record["perf/sync_s"]
+        assert record["perf/samples_per_s"] == pytest.approx(STEPS * W * BATCH / busy)
+        assert min(record["perf/local_s"], record["perf/sync_s"]) > 0
+    for record in run.evals:
+        right = record["eval/accuracy"] * 512
+        assert right == pytest.approx(round(right), abs=1e-9)
+        assert 1.5 < record["eval/loss"] < 4
+        assert record["perf/eval_s"] > 0
+
+
+def test_peaks_are_of_the_largest_rank_and_phase(run: Run) -> None:
+    for record in run.records:
+        peaks = [record[f"mem/peak_gib/rank{rank}"] for rank in range(R)]
+        phases = [
+            record[name] for name in ("mem/local_gib", "mem/sync_gib", "mem/eval_gib") if name in record
+        ]
+        assert record["mem/peak_gib"] == max(peaks) == max(phases)
+        assert min(peaks) > 0
+    for name in ("mem/peak_gib", "mem/peak_gib/rank0", "mem/peak_gib/rank1"):
+        assert run.summary[name] == max(r[name] for r in run.records[:-1])
+
+
+def test_the_summary_repeats_the_end_and_says_how_it_came_about(run: Run) -> None:
+    last = {**run.rounds[-1], **run.evals[-1]}
+    for name, value in last.items():
+        if name != "kind" and "_gib" not in name:
+            assert run.summary[name] == value
+    assert run.summary["eval/best_accuracy"] == max(r["eval/accuracy"] for r in run.evals)
+    settings = run.summary["settings"]
+    options = Config(**OPTIONS, output_dir=str(run.folder)).to_dict()
+    assert {name: settings[name] for name in options} == options
+    assert {name: settings[name] for name in "WRKP"} == {"W": W, "R": R, "K": K, "P": P}
+    assert (settings["total_rounds"], settings["device"]) == (
+        3,
+        "cuda" if torch.cuda.is_available() else "cpu",
+    )
+    assert settings["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_parameters_held_of_a_known_model(ranks: Ranks, tmp_path: Path) -> None:
+    """Counted on timm's own net: what is left of it without the blocks that the worker does not hold."""
+    net = timm.create_model("resnetv2_34", num_classes=10, device="meta")
+    full = sum(p.numel() for p in net.parameters())
+    block = sum(p.numel() for p in net.stages[2].blocks[1].parameters())
+    known = {"model": "resnetv2_34", "workers": 4, "rounds": 1, "local_steps": 1}  # P = 5, so K = 2
+    ranks(train, 1, OPTIONS | known | {"output_dir": str(tmp_path)})
+    for record in records(tmp_path):
+        assert (record["mem/params_full"], record["mem/params_held"]) == (full, full - 3 * block)
+
+
+def test_a_diverged_run_writes_json_all_the_same(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(train, 1, OPTIONS | {"lr": 1e30, "output_dir": str(tmp_path)})
+    assert [r["train/loss"] for r in records(tmp_path) if r["kind"] == "round"] == [None] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What stands on the terminal
+
+
+def test_only_rank_0_speaks(run: Run) -> None:
+    assert run.printed[0]
+    assert run.printed[1] == ""
+
+
+def test_the_first_lines_say_what_will_happen(run: Run) -> None:
+    opening = run.printed[0].partition("\nworker ")[0]
+    assert f"W = {W} workers on R = {R} ranks, each with K = {K} of {P} pool blocks" in opening
+    assert "who plays whom: rank 0: workers 0–1; rank 1: worker 2" in opening
+    assert "2,048 training and 512 test images, 10 classes, 8×8" in opening
+    assert f"3 rounds of {STEPS} local steps × {BATCH} images per worker" in opening
+    assert re.search(r"^device: .*1 CPU thread per rank, exchange over (gloo|nccl)$", opening, re.MULTILINE)
+
+
+def test_the_closing_table_has_a_row_per_worker(run: Run) -> None:
+    table = run.printed[0].partition("\nworker ")[2].splitlines()
+    held, full = run.summary["mem/params_held"], run.summary["mem/params_full"]
+    for worker, row in enumerate(table[2 : 2 + W]):
+        words = row.split()
+        rank = worker * R // W
+        assert words[:2] == [str(worker), str(rank)]
+        assert f"{K} of {P}" in row
+        assert f"{held / 1e6:.2f} M of {full / 1e6:.2f} M ({100 * held / full:.0f} %)" in row
+        peaks = [float(gib) for gib in re.findall(r"([\d.]+) GiB", row)]
+        assert len(peaks) == 3 and int(words[-1]) > 0
+        assert max(peaks) == round(run.summary[f"mem/peak_gib/rank{rank}"], 2)
+    assert not table[2 + W].lstrip()[0].isdigit()
+
+
+def test_the_closing_lines_state_accuracy_and_bytes(run: Run) -> None:
+    closing = run.printed[0].partition("\nworker ")[2]
+    accuracy, best = run.summary["eval/accuracy"], run.summary["eval/best_accuracy"]
+    assert f"global model: {100 * accuracy:.2f} % test accuracy (best {100 * best:.2f} %)" in closing
+    mean = sum(r["comm/bytes_round"] for r in run.rounds) / len(run.rounds)
+    assert f"bytes a round (with momentum): {mean / 1e6:,.1f} MB measured between 2 ranks" in closing
+    planned = re.search(r"one worker per rank: ([\d.]+) MB, local SGD ([\d.]+) MB \((\d+) %\)", closing)
+    assert planned is not None
+    ours, local_sgd, share = map(float, planned.groups())
+    # Local SGD with a ring all-reduce: each of W workers sends 2(W−1)/W of parameters and momentum.
+    assert local_sgd == pytest.approx(2 * (W - 1) * run.summary["mem/params_full"] * 2 * 4 / 1e6, rel=0.03)
+    assert share == pytest.approx(100 * ours / local_sgd, abs=1) and share < 100
+    assert re.search(r"[\d.]+ GiB were in use before the run began", closing)
+
+
+def opening(comm: Comm, options: dict[str, Any]) -> str:
+    trainer = Trainer(comm, Config(**options))
+    facts = (trainer.config, comm, trainer.layout, trainer.blueprint, trainer.data, trainer.rounds)
+    return report.opening(report.Job(*facts), trainer.deal)
+
+
+def test_a_pool_too_small_to_partition_is_announced(ranks: Ranks) -> None:
+    (text,) = ranks(opening, 1, OPTIONS | {"model": "resnetv2_18", "workers": 2})
+    assert "W = 2 workers on R = 1 rank, each with K = 1 of 1 pool blocks: 100 % of the parameters" in text
+    assert "note: every worker holds the whole pool of 1, so nothing is partitioned (local SGD)" in text
+    (text,) = ranks(opening, 1, OPTIONS)
+    assert "note:" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+def test_without_a_tracker_there_is_only_the_file(run: Run) -> None:
+    assert [path.name for path in run.folder.iterdir()] == ["metrics.jsonl"]
+
+
+def train_with_wandb(comm: Comm, options: dict[str, Any], place: Path, port: int) -> str:
+    """With no login, no key and no terminal; and whoever calls home is heard at `port`."""
+    for name in [n for n in os.environ if n.startswith("WANDB_") or n.lower() in ("netrc", "no_proxy")]:
+        del os.environ[name]
+    os.environ |= {"HOME": str(place / "home"), "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
+    os.environ |= {name: f"http://127.0.0.1:{port}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
+    os.chdir(place / "cwd")
+    return train(comm, options)
+
+
+def test_wandb_is_one_offline_run_of_rank_0(ranks: Ranks, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "cwd").mkdir()
+    options = OPTIONS | {"log_with": "wandb", "run_name": "tiny", "output_dir": str(folder)}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        printed = ranks(train_with_wandb, R, options, tmp_path, server.getsockname()[1])
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            server.accept()
+    assert "warning" not in printed[0]
+    (offline,) = (folder / "wandb").glob("*run-*")
+    assert offline.name.startswith("offline-run-")
+    assert not [*(tmp_path / "cwd").iterdir()]
+    assert {path.name for path in (tmp_path / "home").iterdir()} <= {".cache", ".config"}  # wandb's own logs
+
+    (file,) = offline.glob("*.wandb")
+    raw = file.read_bytes()
+    block = 1 << 15  # of its log format; a value that runs over the end of one goes on after 7 bytes
+    content = b"".join(raw[i + 7 * (i > 0) : i + block] for i in range(0, len(raw), block))
+    written = records(folder)
+    for record in written[:-1]:  # the same names and values as in metrics.jsonl
+        for name in set(record) - {"kind"}:
+            assert name.encode() in content
+        loss = record["train/loss" if record["kind"] == "round" else "eval/loss"]
+        assert repr(loss).encode() in content
+    assert b"tiny" in content and b"optimizer_state" in content  # the run's name and its options
+
+
+class _Tracker:
+    """A tracker that fails at one of its calls."""
+
+    name = "wandb"
+
+    def __init__(self, fails_at: str):
+        self.fails_at = fails_at
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self._call("log")
+
+    def finish(self) -> None:
+        self._call("finish")
+
+    def _call(self, what: str) -> None:
+        if what == self.fails_at:
+            raise ConnectionError("the line is dead")
+
+
+def train_with_failing_tracker(comm: Comm, options: dict[str, Any], fails_at: str) -> str:
+    """On rank 0, where trackers live, one fails."""
+
+    def init_trackers(self: Any, *args: Any, **kwargs: Any) -> None:
+        if comm.rank == 0:
+            if fails_at == "init":
+                raise ConnectionError("the line is dead")
+            self.trackers = [_Tracker(fails_at)]
+
+    telemetry.Accelerator.init_trackers = init_trackers
+    telemetry.Accelerator.get_tracker = lambda *a, **k: SimpleNamespace(define_metric=lambda *a, **k: None)
+    return train(comm, options)
+
+
+@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
+def test_a_tracker_that_fails_does_not_stop_the_run(fails_at: str, ranks: Ranks, tmp_path: Path) -> None:
+    options = OPTIONS | {"log_with": "wandb", "output_dir": str(tmp_path)}
+    printed = ranks(train_with_failing_tracker, R, options, fails_at)
+    assert printed[0].count("warning: wandb ") == 1
+    assert "the line is dead" in printed[0]
+    assert "global model: " in printed[0]
+    assert [r["kind"] for r in records(tmp_path)] == ["round", "round", "eval", "round", "eval", "summary"]
+
+
+def threads_beside_accelerate(comm: Comm, options: dict[str, Any]) -> int:
+    os.environ.pop("OMP_NUM_THREADS", None)  # as deepspeed and python leave it
+    config = Trainer(comm, Config(**options)).config
+    with Telemetry(comm, config, rounds=1) as opened:
+        opened.open({})
+    return torch.get_num_threads()
+
+
+def test_accelerate_leaves_the_threads_as_they_were_set(ranks: Ranks, tmp_path: Path) -> None:
+    options = OPTIONS | {"cpu_threads": 3, "output_dir": str(tmp_path)}
+    assert ranks(threads_beside_accelerate, 2, options) == [3, 3]
