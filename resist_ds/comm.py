@@ -87,6 +87,8 @@ class Comm:
 
         Collective: all ranks that take part; messages from one rank to another arrive in their order.
         """
+        if not sends and not receives:
+            return
         dist = _deepspeed()
         operations = []
         for operation, messages in ((dist.irecv, receives), (dist.isend, sends)):
@@ -96,10 +98,9 @@ class Comm:
                 operations.append(dist.P2POp(operation, tensor, rank, tag=tags[rank]))
                 tags[rank] += 1
         self.ledger[kind] += sum(tensor.nbytes for tensor, _ in sends)
-        if operations:
-            with self._others():
-                for work in dist.batch_isend_irecv(operations):
-                    work.wait()
+        with self._others():
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
 
     def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
         """Start sending `tensor` from rank `root` to all; returns the wait. Collective: all ranks."""

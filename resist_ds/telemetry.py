@@ -257,17 +257,18 @@ class Telemetry:
         self._last |= {**metrics, **peaks}  # the summary's peaks are those of the whole run
         if not self._main:
             return
-        try:
-            if self._file is not None:
-                # JSON has no NaN: the loss of a run that diverged is null.
-                finite = {
-                    k: None if isinstance(v, float) and not math.isfinite(v) else v
-                    for k, v in metrics.items()
-                }
+        if self._file is not None:
+            # JSON has no NaN: the loss of a run that diverged is null.
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
+            }
+            try:
                 self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
-        except OSError as error:  # a full disk, say: the others wait in the next collective
-            self.warn(f"cannot write {metrics_path(self._config)}: {error.strerror}; going on without it")
-            self._file = None
+            except OSError as error:  # a full disk, say: the others wait in the next collective
+                self.warn(f"cannot write {metrics_path(self._config)}: {error.strerror}; going on without it")
+                with suppress(OSError):
+                    self._file.close()
+                self._file = None
         if self._accelerator is not None and kind != "summary":
             try:
                 self._accelerator.log(dict(metrics))

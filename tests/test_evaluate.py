@@ -6,6 +6,7 @@ The same global model, of made-up weights, is evaluated on 1, 2 and 4 ranks in m
 
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resist_ds import local
 from resist_ds.comm import Comm
@@ -369,6 +371,34 @@ def test_statistics_of_few_images(alone, calibration):
     for name, (mean, variance) in statistics.items():
         np.testing.assert_allclose(found.statistics[name][0], mean, rtol=1e-9, atol=1e-9, err_msg=name)
         np.testing.assert_allclose(found.statistics[name][1], variance, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_variances_survive_a_large_mean(alone):
+    """The difference of two large sums: in float32 nothing would be left of it."""
+    evaluation = Evaluation(alone, Layout(1, 1), blueprint(PREACT), data_of()[0], options())
+    x = 1000 + 0.01 * torch.randn(CALIBRATION, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, variance = evaluation.estimate(x)
+    expected = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, expected.mean(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(variance, expected.var(1, unbiased=False), rtol=1e-4, atol=0)
+
+
+def test_calibration_images_are_convolved_in_groups_of_one_size(alone):
+    """Or a convolution may round differently on another number of ranks (not on every machine)."""
+    sizes = Counter()
+
+    class Convolutions(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution.default:
+                sizes[len(args[0])] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Convolutions():
+        evaluate(alone, options(), tests=10)
+    layers = sum(isinstance(m, nn.Conv2d) for m in timm_net(PREACT).modules())
+    assert sizes.keys() == {10, 32, CALIBRATION % 32}
+    assert sizes[10] == layers and sizes[32] == 2 * sizes[CALIBRATION % 32]
+    assert sizes[32] >= 2 * (layers - 1)  # the classifier is not needed
 
 
 @pytest.mark.parametrize("scenario", ["bf16", "bf16, no prefetch"])

@@ -327,7 +327,8 @@ def train_with_failing_tracker(comm: Comm, options: dict[str, Any], fails_at: st
 
     telemetry.Accelerator.init_trackers = init_trackers
     telemetry.Accelerator.get_tracker = lambda *a, **k: SimpleNamespace(define_metric=lambda *a, **k: None)
-    return train(comm, options)
+    with contextlib.redirect_stderr(io.StringIO()) as warned:
+        return train(comm, options) + warned.getvalue()
 
 
 @pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
