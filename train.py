@@ -8,6 +8,7 @@ from resist_ds.config import parse
 from resist_ds.errors import RunError
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without a × must not end a run
     try:
         config = parse()
     except RunError as error:  # every rank reads the same words: the first of each machine answers

@@ -174,8 +174,8 @@ def _ranks_asked_for() -> int | None:
     """
     try:
         parent = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[1]
-        command = Path(f"/proc/{parent}/cmdline").read_text().replace("\0", " ")
+        command = Path(f"/proc/{parent}/cmdline").read_text()
     except (OSError, IndexError):
         return None
-    found = re.search(r"--(?:num_processes|num_gpus|nproc[_-]per[_-]node)[ =](\d+)", command)
+    found = re.search(r"\0--(?:num_processes|num_gpus|nproc[_-]per[_-]node)[\0=](\d+)\0", command)
     return int(found.group(1)) if found else None

@@ -58,7 +58,8 @@ def command(launcher: str, script: Path) -> list[str]:
     """Launchers default to port 29500, which another job may have."""
     accelerate, deepspeed, torchrun = (str(BIN / name) for name in ("accelerate", "deepspeed", "torchrun"))
     prefix = {
-        "python": lambda: [sys.executable],
+        # Below a shell whose text speaks of more ranks: it is no launcher, and nobody asked for them.
+        "python": lambda: ["sh", "-c", '"$@"; exit $?; torchrun --nproc_per_node 2', "sh", sys.executable],
         "accelerate": lambda: [
             *(accelerate, "launch", "--multi_gpu", "--num_processes", "2"),
             *("--main_process_port", free_port()),
@@ -91,6 +92,8 @@ def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN)
     launchers_own = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "OMP_", "ACCELERATE_", "TORCHELASTIC_", "DS_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith((*launchers_own, "PYTHONPATH"))}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    if launcher == "torchrun 1":
+        environment["PYTHONIOENCODING"] = "latin-1"  # a terminal that cannot show all of our signs
     process = subprocess.Popen(
         [*command(launcher, script), *options, "--output_dir", str(place / "run")],
         cwd=place,
@@ -99,6 +102,7 @@ def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     try:

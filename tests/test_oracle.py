@@ -101,8 +101,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # P = 8 blocks on two or four workers: one holder each. On three workers, one block has two holders.
     "two": (2, {}),
     "two-reset": (2, {"optimizer_state": "reset"}),
-    "two-overlap": (2, {"min_blocks": 6}),
-    "three": (3, {"schedule": "step"}),
+    "two-overlap": (2, {"min_blocks": 6, "accumulation_steps": 4}),
+    "three": (3, {"schedule": "step", "local_steps": 4}),
     "three-reset-overlap": (3, {"optimizer_state": "reset", "min_blocks": 5}),
     "four-reset": (4, {"optimizer_state": "reset", "schedule": "step"}),
     "four-overlap": (4, {"min_blocks": 3, "momentum": 0.5}),
@@ -115,7 +115,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {
             "clip_grad": 0.5,
-            "accumulation_steps": 2,
             "nesterov": True,
             "label_smoothing": 0.1,
             "schedule": "cosine",
