@@ -98,7 +98,10 @@ def _cifar_net(name: str, num_classes: int) -> nn.Module:
 
 
 def _timm_net(name: str, num_classes: int) -> nn.Module:
-    return timm.create_model(name, num_classes=num_classes, device="meta")
+    try:
+        return timm.create_model(name, num_classes=num_classes, device="meta")
+    except RuntimeError as error:  # a pretrained tag that does not exist, say
+        raise UserError(f"--model {name}: {str(error).splitlines()[0]} {_families()}") from None
 
 
 @contextmanager
@@ -246,7 +249,7 @@ class Blueprint:
 
         digest = hashlib.blake2b(f"{seed} {piece}".encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[]), _registrations(materialise):
-            torch.manual_seed(int.from_bytes(digest, "little"))
+            torch.default_generator.manual_seed(int.from_bytes(digest, "little"))  # the CPU's alone
             self._construct(self.name, self.num_classes)
         return {name: value.detach() for name, value in values.items()}
 

@@ -192,11 +192,11 @@ def slice_length(moves: tuple[Move, ...], layout: Layout, numel: int, budget: in
     return max(1, min(numel, budget // max(1, *load)))
 
 
-def synchronisation_bytes(now: Partition, then: Partition, layout: Layout, *, block: int, shared: int) -> int:
-    """Bytes that leave a rank when `now` is synchronised and handed to `then`, over all ranks.
+def elements_sent(now: Partition, then: Partition, layout: Layout, *, block: int, shared: int) -> int:
+    """Elements that leave a rank when `now` is synchronised and handed to `then`, over all ranks.
 
     Args:
-        block, shared: bytes of one pool block and of shared that take part.
+        block, shared: elements of one pool block and of shared that take part.
     """
     chunks = [stop - start for start, stop in chunk_bounds(shared, now.workers)]
     return sum(

@@ -16,7 +16,7 @@ from resist_ds.config import Config
 from resist_ds.data import Data
 from resist_ds.memory import GIB
 from resist_ds.models import Blueprint
-from resist_ds.partition import Layout, Partition, sample_partition, slots_for, synchronisation_bytes
+from resist_ds.partition import Layout, Partition, elements_sent, sample_partition, slots_for
 from resist_ds.subnet import StateLayout
 from resist_ds.telemetry import PHASES, Totals
 
@@ -57,15 +57,10 @@ class Job:
             sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=min_blocks)
             for r in range(21)
         ]
-        return fmean(
-            synchronisation_bytes(
-                now,
-                then,
-                Layout(workers, workers),
-                block=itemsize * (layout.block.numel if travel else layout.block.parameters),
-                shared=itemsize * (layout.shared.numel if travel else layout.shared.parameters),
-            )
-            for now, then in pairwise(deals)
+        block, shared = layout.block.exchanged(travel), layout.shared.exchanged(travel)
+        alone = Layout(workers, workers)
+        return itemsize * fmean(
+            elements_sent(now, then, alone, block=block, shared=shared) for now, then in pairwise(deals)
         )
 
 

@@ -67,6 +67,10 @@ class PartLayout:
         counters = _padded(len(self.shapes)) if self.state.counter else 0
         return self.parameters * (1 + len(self.state.vectors)) + counters
 
+    def exchanged(self, travel: bool) -> int:
+        """Elements that a synchronisation carries: all, or the parameters alone."""
+        return self.numel if travel else self.parameters
+
     def views(self, part: Tensor, row: int = 0) -> dict[str, Tensor]:
         """Views of a part's vector: row 0 the parameters, row i the optimizer's i-th state vector."""
         return {

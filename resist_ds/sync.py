@@ -62,8 +62,8 @@ class Synchroniser:
         self.budget = budget
         self._mine = layout.workers_of(comm.rank)
         self._transit = torch.empty(0)
-        self._block_length = state.block.numel if travel else state.block.parameters
-        chunks = chunk_bounds(state.shared.numel if travel else state.shared.parameters, layout.workers)
+        self._block_length = state.block.exchanged(travel)
+        chunks = chunk_bounds(state.shared.exchanged(travel), layout.workers)
         self._blocks = Pieces(
             lengths=(self._block_length,) * pool,
             start=lambda piece, worker, deal: state.slot_offset(deal.blocks[worker].index(piece)),

@@ -14,7 +14,7 @@ from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.memory import PeakMemory
 from resist_ds.models import Blueprint
-from resist_ds.partition import Layout, sample_partition, synchronisation_bytes
+from resist_ds.partition import Layout, elements_sent, sample_partition
 from resist_ds.telemetry import Meter
 from resist_ds.trainer import Trainer
 from tests.conftest import Ranks
@@ -30,13 +30,15 @@ needs_linux = pytest.mark.skipif(
 
 
 @register_model
-def resist_test_wide(pretrained: bool = False, num_classes: int = 10, device: object = None, **_: object):
+def resist_test_large_blocks(
+    pretrained: bool = False, num_classes: int = 10, device: object = None, **_: object
+):
     """A ResNet of few, large blocks: 78 M parameters, 76 M of them in a pool of 16."""
     wide = {"channels": (8, 8, 512, 8), "stem_width": 8, "stem_type": "deep"}
     return ResNet(BasicBlock, (1, 1, 17, 1), num_classes=num_classes, device=device, **wide)
 
 
-MODEL = resist_test_wide.__name__
+MODEL = resist_test_large_blocks.__name__
 W = 4
 SLOTS = 4  # K, of P = 16
 
@@ -105,7 +107,7 @@ def test_the_full_training_state_exceeds_a_cap_that_the_run_keeps(ranks: Ranks, 
     for r, metrics in enumerate(rounds):
         assert metrics["mem/params_held"] == blueprint.parameters_held(SLOTS)
         now, then = (sample_partition(0, at, workers=W, pool=blueprint.pool) for at in (r, r + 1))
-        with_momentum = synchronisation_bytes(now, then, Layout(W, W), block=8 * block, shared=8 * shared)
+        with_momentum = 8 * elements_sent(now, then, Layout(W, W), block=block, shared=shared)
         assert metrics["comm/bytes_round"] == pytest.approx(with_momentum, rel=1e-3)
 
 

@@ -331,6 +331,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, says):
         ("convnext_atto", "no family"),
         ("skresnet18", "no family"),  # timm's ResNet class, with another block
         ("resnetv2_50x1_bit", "cannot be folded"),  # weight standardisation undoes it
+        ("resnet50.foo", "Invalid pretrained tag"),
         ("seresnet18", "cannot be folded"),  # squeeze-and-excitation after the last norm
         ("ecaresnet50t", "cannot be folded"),
         ("resnetblur18", "keeps state that is not BatchNorm's"),

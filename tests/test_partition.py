@@ -14,12 +14,12 @@ from resist_ds.partition import (
     Layout,
     Partition,
     chunk_bounds,
+    elements_sent,
     plan_aggregate,
     plan_hand_off,
     sample_partition,
     slice_length,
     slots_for,
-    synchronisation_bytes,
 )
 from resist_ds.subnet import StateLayout
 
@@ -243,11 +243,11 @@ def test_the_bytes_are_those_of_what_crosses_ranks(case, block, shared):
     for plan in (plan_aggregate(now), plan_hand_off(now, then, layout)):
         expected += block * sum(crosses(layout, move) for move in plan.blocks)
         expected += sum(chunks[move.piece] * crosses(layout, move) for move in plan.shared)
-    assert synchronisation_bytes(now, then, layout, block=block, shared=shared) == expected
+    assert elements_sent(now, then, layout, block=block, shared=shared) == expected
     assert expected > 0 or layout.ranks == 1
     if layout.ranks == layout.workers:  # shared: a ring all-reduce's 2(W−1) times its size
         expected = 2 * (now.workers - 1) * shared
-        assert synchronisation_bytes(now, then, layout, block=0, shared=shared) == expected
+        assert elements_sent(now, then, layout, block=0, shared=shared) == expected
 
 
 # --- within the budget
@@ -300,7 +300,7 @@ def test_the_papers_net_needs_the_bytes_that_were_promised(workers, expected, pa
     total = 0
     for seed in range(1000):
         now, then = (sample_partition(seed, r, workers=workers, pool=plan.pool) for r in (0, 1))
-        total += 4 * synchronisation_bytes(
+        total += 4 * elements_sent(
             now, then, layout, block=state.block.parameters, shared=state.shared.parameters
         )
     gigabytes = total / 1000 / 1e9

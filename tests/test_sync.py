@@ -20,7 +20,7 @@ from torch import Tensor
 from resist_ds.comm import Comm, Ledger
 from resist_ds.config import Config
 from resist_ds.models import Blueprint
-from resist_ds.partition import Layout, Partition, chunk_bounds, sample_partition, synchronisation_bytes
+from resist_ds.partition import Layout, Partition, chunk_bounds, elements_sent, sample_partition
 from resist_ds.subnet import OptimizerState, PartLayout, StateLayout
 from resist_ds.sync import Synchroniser
 from resist_ds.telemetry import Telemetry
@@ -314,7 +314,7 @@ def test_a_synchronisation_is_means_over_holders_brought_to_the_next_ones(s: Sit
     sent = sum(comm.ledger.total() for comm in comms)
     assert sent == sum(book.bytes(now, then, layout, itemsize) for now, then in rounds)
     assert sent == itemsize * sum(
-        synchronisation_bytes(now, then, layout, block=book.block, shared=book.shared) for now, then in rounds
+        elements_sent(now, then, layout, block=book.block, shared=book.shared) for now, then in rounds
     )
     for comm in comms:
         assert comm.most <= max(s.budget, itemsize * book.block), "more in transit than the budget"
@@ -406,7 +406,7 @@ def assert_ledger(lines: list[dict[str, Any]], ranks: int, config: Config) -> No
             now, then = deals[line["round"] - 1 : line["round"] + 1]
             sent = line["comm/bytes_round"]
             assert sent == book.bytes(now, then, layout, itemsize) > 0
-            plan = synchronisation_bytes(now, then, layout, block=book.block, shared=book.shared)
+            plan = elements_sent(now, then, layout, block=book.block, shared=book.shared)
             assert sent == itemsize * plan
             total += sent
         if line["kind"] == "eval":

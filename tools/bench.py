@@ -214,9 +214,8 @@ def bench_sync(args: argparse.Namespace) -> Times | None:
             comm.exchange(sends, receives, "bench")
 
     # The same bytes in the two calls that a plain implementation would make: shared, and the blocks at once.
-    part = crew.layout.shared
-    shared = comm.buffer(part.numel if travel else part.parameters, like).zero_()
-    block = crew.layout.block.numel if travel else crew.layout.block.parameters
+    shared = comm.buffer(crew.layout.shared.exchanged(travel), like).zero_()
+    block = crew.layout.block.exchanged(travel)
     to = [sum(1 for b in deals[0].blocks[comm.rank] if b in deals[1].blocks[r]) for r in range(workers)]
     fro = [sum(1 for b in deals[0].blocks[r] if b in deals[1].blocks[comm.rank]) for r in range(workers)]
     to[comm.rank] = fro[comm.rank] = 0
