@@ -173,7 +173,8 @@ class Comm:
         except RuntimeError as error:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
-            said = re.search(r"(?<=\] )[^.]*", str(error))  # without gloo's source line and advice
+            # without gloo's source line, the peer's address and the advice that follow
+            said = re.search(r"(?<=\] )[^.\[]+\b", str(error))
             raise RunError(
                 f"rank {self.rank} lost another rank, whose own message or exit says why "
                 f"({said.group() if said else type(error).__name__})"

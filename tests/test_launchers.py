@@ -46,7 +46,10 @@ class Finished:
         return re.findall(r"^error: .*$", self.stdout + self.stderr, re.MULTILINE)
 
     def our_traceback(self) -> bool:
-        return f'File "{ROOT}/' in self.stdout + self.stderr
+        ours = re.compile(
+            f'File "{re.escape(str(ROOT))}/(train.py|resist_ds/)'
+        )  # a launcher may live in .venv
+        return ours.search(self.stdout + self.stderr) is not None
 
 
 def free_port() -> str:
