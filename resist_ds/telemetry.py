@@ -248,6 +248,7 @@ class Telemetry:
 
     def summary(self, settings: Mapping[str, Any]) -> None:
         """The run is done: the last values once more, and the best accuracy."""
+        self._close_bar()  # what is said from here on stands below it
         best = {"eval/best_accuracy": max(self.totals.accuracy)} if self.totals.accuracy else {}
         self._record("summary", {**self._last, **best, "settings": dict(settings)})
 
@@ -276,6 +277,10 @@ class Telemetry:
                 self.warn(f"{self._config.log_with} failed, going on without it: {error}")
                 self._accelerator = None
 
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
     def say(self, text: str) -> None:
         """A line for the person at the terminal, above the progress bar; from rank 0."""
         if self._main:
@@ -293,8 +298,7 @@ class Telemetry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close_bar()
         if self._file is not None:
             with suppress(OSError):  # of a full disk; the write before has said so
                 self._file.close()
