@@ -66,6 +66,9 @@ class Comm:
             _deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
         shared_gpu = any(self.gather(self.local_size > gpus))
         self.buffer_device = torch.device("cpu") if shared_gpu else self.device
+        if self.size > 1 and self.buffer_device.type == "cuda":
+            # NCCL's first operation must be everyone's; in an exchange some ranks may have nothing to move.
+            torch.distributed.all_reduce(torch.zeros(1, device=self.device))
 
     @property
     def backend(self) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,9 @@ import torch
 from resist_ds import report, telemetry
 from resist_ds.comm import Comm
 from resist_ds.config import Config
-from resist_ds.telemetry import Telemetry
+from resist_ds.local import Tally
+from resist_ds.memory import GIB
+from resist_ds.telemetry import Figures, Telemetry, round_metrics
 from resist_ds.trainer import Trainer
 from tests.conftest import Ranks, run_ranks
 
@@ -56,11 +59,16 @@ KEYS = {
 KEYS["summary"] = KEYS["round"] | KEYS["eval"] | {"eval/best_accuracy", "settings"}
 
 
+def _as_launched(comm: Comm) -> None:
+    """On one rank as under plain python: accelerate finds no launcher's variables."""
+    if comm.size == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+
+
 def train(comm: Comm, options: dict[str, Any]) -> str:
     """A run; returns what this rank printed."""
-    if comm.size == 1:  # as under plain python, where accelerate finds no launcher
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            del os.environ[name]
+    _as_launched(comm)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         Trainer(comm, Config(**options)).run()
     return printed.getvalue()
@@ -151,8 +159,38 @@ def test_peaks_are_of_the_largest_rank_and_phase(run: Run) -> None:
         ]
         assert record["mem/peak_gib"] == max(peaks) == max(phases)
         assert min(peaks) > 0
-    for name in ("mem/peak_gib", "mem/peak_gib/rank0", "mem/peak_gib/rank1"):
-        assert run.summary[name] == max(r[name] for r in run.records[:-1])
+
+
+def figures(tallies: dict[int, Tally], seconds: float, peak: int, **sent: int) -> Figures:
+    return Figures(tallies, {"local": seconds, "sync": 1.0}, {"sync": peak}, {"sync": peak}, Counter(sent))
+
+
+def test_the_figures_of_all_ranks_become_one_line() -> None:
+    """Images are summed, the slowest rank counts, the largest peak counts, bytes are summed by kind."""
+    one = figures({0: Tally(8.0, 2, 4, 1.0)}, 2.0, 3 * GIB, aggregate=5, hand_off=7, eval=1000)
+    two = figures({1: Tally(1.0, 4, 4, 1.0), 2: Tally(3.0, 0, 4, 1.0)}, 3.0, GIB, aggregate=50)
+    metrics = round_metrics([one, two])
+    assert (metrics["train/loss"], metrics["train/accuracy"]) == (1.0, 0.5)
+    assert (metrics["perf/local_s"], metrics["perf/sync_s"]) == (3.0, 1.0)
+    assert metrics["perf/samples_per_s"] == 12 / (3.0 + 1.0)
+    assert metrics["comm/bytes_round"] == 5 + 7 + 50
+    assert metrics["mem/peak_gib"] == metrics["mem/sync_gib"] == metrics["mem/peak_gib/rank0"] == 3
+    assert metrics["mem/peak_gib/rank1"] == 1
+
+
+def write_three_rounds(comm: Comm, options: dict[str, Any]) -> None:
+    _as_launched(comm)
+    with Telemetry(comm, Config(**options), rounds=3) as opened:
+        opened.open({})
+        for peak in (1, 5, 2):
+            opened.round({}, [figures({0: Tally(1.0, 1, 1, 1.0)}, 1.0, peak * GIB)])
+        opened.summary({})
+
+
+def test_the_summary_has_the_peaks_of_the_whole_run(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(write_three_rounds, 1, OPTIONS | {"output_dir": str(tmp_path)})
+    peaks = [(r["mem/peak_gib"], r["mem/sync_gib"], r["mem/peak_gib/rank0"]) for r in records(tmp_path)]
+    assert peaks == [(1, 1, 1), (5, 5, 5), (2, 2, 2), (5, 5, 5)]
 
 
 def test_the_summary_repeats_the_end_and_says_how_it_came_about(run: Run) -> None:
