@@ -20,4 +20,8 @@ if __name__ == "__main__":
 
     from resist_ds.trainer import main  # after parsing, so that --help and mistakes do not wait for torch
 
-    sys.exit(main(config))
+    exit_code = main(config)
+    if exit_code:  # at once: the process group's own clean-up waits for ranks that may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)

@@ -34,13 +34,12 @@ def main(config: Config) -> int:
     comm = Comm()
     try:
         Trainer(comm, config).run()
-        return 0
     except RunError as error:
         if comm.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    finally:
-        comm.close()
+        return error.exit_code  # without leaving the job: that waits for collectives which may never end
+    comm.close()
+    return 0
 
 
 class Trainer:

@@ -1,5 +1,6 @@
 """Runs a function on several ranks: warm processes, gloo over a file, and a time-out that kills a hang."""
 
+import faulthandler
 import multiprocessing
 import os
 import queue
@@ -16,6 +17,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.warm"])
 
 Ranks = Callable[..., list[Any]]
+HANGS = 75  # seconds, below the time-out of run_ranks
 
 
 def _rank(
@@ -24,6 +26,7 @@ def _rank(
     """The life of one rank."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    faulthandler.dump_traceback_later(HANGS, exit=False)  # so that a hang says where it is
     import torch
 
     from resist_ds.comm import Comm
@@ -31,9 +34,8 @@ def _rank(
     torch.set_num_threads(1)
     try:
         comm = Comm(init_method=f"file://{store}")
-        result = function(comm, *args)
-        comm.close()
-        results.put((rank, result, None))
+        results.put((rank, function(comm, *args), None))
+        comm.close()  # afterwards: after a failure it may wait for what never comes
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
 

@@ -85,16 +85,16 @@ def test_the_full_training_state_exceeds_a_cap_that_the_run_keeps(ranks: Ranks, 
         one sub-ResNet's state, (shared + 4 blocks) × (parameter + gradient + momentum)     244 MiB
         one block in transit, parameters and momentum                                        36 MiB
         the rest: workspaces of convolutions, activations, threads, and what malloc
-        keeps of freed gradients (so it varies: 80 to 170 MiB were seen)                    240 MiB
-    520 MiB in all. The full model's state is 892 MiB, and its parameters and momentum alone, which are
+        keeps of freed gradients (so it varies: 80 to 170 MiB were seen)                    300 MiB
+    580 MiB in all. The full model's state is 892 MiB, and its parameters and momentum alone, which are
     allocated first, are 595.
     """
     blueprint = Blueprint(MODEL, num_classes=10)
     shared, block = blueprint.parameters_held(0), blueprint.parameters_held(1) - blueprint.parameters_held(0)
     parameter, gradient, momentum = 4, 4, 4  # bytes
     state = parameter + gradient + momentum
-    cap = (shared + SLOTS * block) * state + block * (parameter + momentum) + 240 * MIB
-    assert cap < 0.6 * blueprint.parameters * state
+    cap = (shared + SLOTS * block) * state + block * (parameter + momentum) + 300 * MIB
+    assert cap < blueprint.parameters * (parameter + momentum) < 0.67 * blueprint.parameters * state
 
     several = ranks(train_under_a_cap, W, OPTIONS | {"workers": W, "output_dir": str(tmp_path)}, cap)
     assert several == [""] * W

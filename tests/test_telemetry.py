@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -36,6 +37,7 @@ OPTIONS: dict[str, Any] = {
     "batch_size": BATCH,
     "local_steps": STEPS,
     "rounds": 3,
+    "schedule": "cosine",
     "eval_every": 2,
     "calibration_samples": 32,
     "cpu_threads": 1,
@@ -123,7 +125,9 @@ def test_positions_follow_from_the_options(run: Run) -> None:
     for record in run.records:
         assert record["global_step"] == record["round"] * STEPS
         assert record["samples_seen"] == record["round"] * STEPS * W * BATCH
-    assert [r["lr"] for r in run.rounds] == pytest.approx([0.01, 0.001, 0.0001])  # that of the last step
+    last_steps = (1, 3, 5)  # of 6: the lr is that of a round's last step
+    cosine = [0.01 * (1 + math.cos(math.pi * step / 6)) / 2 for step in last_steps]
+    assert [r["lr"] for r in run.rounds] == pytest.approx(cosine)
 
 
 def test_bytes_add_up(run: Run) -> None:
