@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)  # an example's time says nothing on a busy core
+settings.load_profile("shared machine")
 
 # Forked from one process that has imported everything once: a rank starts in milliseconds instead of 5 s.
 _CONTEXT = multiprocessing.get_context("forkserver")
