@@ -92,17 +92,17 @@ class Evaluation:
         test = self.data.test_batches([self._batches[i] for i in mine], **self._convert)
         subnet.module.eval()
         with autocast or nullcontext():
-            images = self.comm.agree(lambda: self.data.train_images(self._calibration, **self._convert))
-            calibration = walk.calibrate_before(images)
+            image_bytes = walk.calibrate_before(
+                self.comm.agree(lambda: self.data.train_images(self._calibration, **self._convert))
+            )
             # As many batches wait for the next block as fit; every rank streams the pool equally often.
-            image_bytes = math.prod(calibration.shape[1:]) * calibration.element_size()
             at_once = max(1, self.memory // (image_bytes * len(self._batches[0])))
             found: list[tuple[float, int, int]] = []
             for _ in range(0, -(-len(self._batches) // self.comm.size), at_once):
                 chunk = self.comm.agree(lambda: [(walk.before(x), y) for x, y in islice(test, at_once)])
                 waiting, labels = [x for x, _ in chunk], [y for _, y in chunk]
                 del chunk  # it would keep every block's input alive
-                walk.pool(waiting, calibration)
+                walk.pool(waiting)
                 for x, y in zip(waiting, labels, strict=True):
                     logits = walk.after(x).double()
                     right = (logits.argmax(1) == y).sum()
@@ -154,11 +154,12 @@ class _Walk:
         family = evaluation.blueprint.family
         self._before = [(path, subnet.module.get_submodule(path)) for path in family.before]
         self._after = [(path, subnet.module.get_submodule(path)) for path in family.after]
-        self._pool_is_calibrated = False
+        self._calibration: Tensor | None = None  # its activations, until all statistics are known
 
-    def calibrate_before(self, calibration: Tensor) -> Tensor:
-        """Estimate what comes before the pool; returns the calibration activations there."""
-        return self._calibrate(self._before, calibration)
+    def calibrate_before(self, images: Tensor) -> int:
+        """Estimate what comes before the pool; returns the bytes of one image's activation there."""
+        self._calibration = self._calibrate(self._before, images)
+        return math.prod(self._calibration.shape[1:]) * self._calibration.element_size()
 
     def before(self, x: Tensor) -> Tensor:
         return _run(self._before, x)
@@ -166,22 +167,22 @@ class _Walk:
     def after(self, x: Tensor) -> Tensor:
         return _run(self._after, x)
 
-    def pool(self, waiting: list[Tensor], calibration: Tensor) -> None:
+    def pool(self, waiting: list[Tensor]) -> None:
         """Stream the pool past the waiting test activations, in place. Collective: all ranks.
 
         The first time, the statistics of every block, and of what comes after the pool, are estimated
-        just before they are needed, from the `calibration` activations before the pool.
+        just before they are needed, and the calibration activations are dropped.
         """
         for block in self._stream():
-            if self._pool_is_calibrated:
+            if self._calibration is None:
                 self._restore(block)
             else:
-                calibration = self._calibrate([block], calibration)
+                self._calibration = self._calibrate([block], self._calibration)
             for i, x in enumerate(waiting):
                 waiting[i] = block[1](x)
-        if not self._pool_is_calibrated:
-            self._calibrate(self._after, calibration)
-            self._pool_is_calibrated = True
+        if self._calibration is not None:
+            self._calibrate(self._after, self._calibration)
+            self._calibration = None
 
     def _calibrate(self, modules: Sequence[Named], calibration: Tensor) -> Tensor:
         """Run the calibration share through `modules`; each BatchNorm is estimated before it normalises."""

@@ -264,7 +264,9 @@ class Blueprint:
         with torch.no_grad():
             for tensor in (*block.parameters(), *block.buffers()):
                 if tensor.ndim > 1:  # weights that keep the residual near 1, so that no sigmoid saturates
-                    tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
+                    tensor.copy_(
+                        torch.randn(tensor.shape, generator=generator).div_(tensor[0].numel() ** 0.5)
+                    )
                 elif tensor.is_floating_point():  # affine parameters and statistics; variances are positive
                     tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
             channels = next(m for m in block.modules() if isinstance(m, nn.Conv2d)).in_channels

@@ -6,11 +6,12 @@ import os
 import queue
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("shared machine", deadline=None)  # an example's time says nothing on a busy core
@@ -31,8 +32,6 @@ def _rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     faulthandler.dump_traceback_later(HANGS, exit=False)  # so that a hang says where it is
-    import torch
-
     from resist_ds.comm import Comm
 
     torch.set_num_threads(1)
@@ -81,6 +80,15 @@ def run_ranks(
         for process in ranks:
             process.kill()
     return [returned[rank] for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small nets on one thread: results compare to the bit, and more would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -37,13 +37,7 @@ WORKERS, TESTS, CALIBRATION, BATCH = 5, 150, 90, 24
 RANKS = (1, 2, 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """So that results can be compared to the bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -34,13 +34,7 @@ POOLS = {
 MODELS = sorted(POOLS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The nets are small: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
@@ -73,20 +67,24 @@ def pieces(plan, seed):
 
 
 class Allocations(TorchDispatchMode):
-    """{address: elements} of the tensors that operators make outside of the meta device."""
+    """{address: elements} of the tensors that operators make outside of the meta device.
+
+    Every storage is kept until the end: the address of a freed one could come again and hide another.
+    """
 
     def __init__(self):
         super().__init__()
         self.made = {}
+        self.kept = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and not out.is_meta:
-            address, elements = (
-                out.untyped_storage().data_ptr(),
-                out.untyped_storage().nbytes() // out.itemsize,
+            storage = out.untyped_storage()
+            self.kept.append(storage)
+            self.made[storage.data_ptr()] = max(
+                storage.nbytes() // out.itemsize, self.made.get(storage.data_ptr(), 0)
             )
-            self.made[address] = max(elements, self.made.get(address, 0))
         return out
 
 

@@ -29,13 +29,7 @@ OPTIMIZERS = {
 STATES = {"plain": (), "adamw": ("exp_avg", "exp_avg_sq", "step")}  # the others: ("momentum_buffer",)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The nets are small: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def options(**given):
