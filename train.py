@@ -1,6 +1,7 @@
 """Entry point of every launcher: python, accelerate launch, deepspeed, torchrun. See `train.py --help`."""
 
 import os
+import signal
 import sys
 import time
 
@@ -8,6 +9,7 @@ from resist_ds.config import parse
 from resist_ds.errors import RunError
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports last; then see signals.py
     sys.stdout.reconfigure(errors="replace")  # a terminal without a × must not end a run
     try:
         config = parse()

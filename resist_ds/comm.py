@@ -144,18 +144,25 @@ class Comm:
         So what can fail on one rank (a folder that is not there, an image that cannot be read) leaves
         no other waiting in a collective. The error of the lowest failing rank is raised everywhere.
         """
+        done: list[T] = []
+        self.collect(lambda: done.append(work()))
+        return done[0]
+
+    def collect(self, work: Callable[[], T]) -> list[T]:
+        """`agree`, and every rank's (small, picklable) result, by rank. Collective: all ranks."""
         result: T | None = None
         error: Exception | None = None
         try:
             result = work()
         except Exception as e:
             error = e
-        failed = [e for e in self.gather(self._portable(error)) if e is not None]
+        errors, results = zip(*self.gather((self._portable(error), result)), strict=True)
+        failed = [e for e in errors if e is not None]
         if failed:
             if error is not None and not isinstance(error, RunError):
                 raise error  # a defect: this rank shows where
             raise failed[0]
-        return result  # type: ignore[return-value]
+        return list(results)
 
     def close(self) -> None:
         """Leave the job. Collective: all ranks."""

@@ -29,10 +29,19 @@ T = TypeVar("T")
 
 
 def _option(
-    default: T | Callable[[], T], doc: str, *, low: float = 0, below: float = math.inf, group: str = ""
+    default: T | Callable[[], T],
+    doc: str,
+    *,
+    low: float = 0,
+    below: float = math.inf,
+    group: str = "",
+    free: bool = False,
 ) -> T:
-    """A field and its help. A number must lie in [low, below); `group` opens a section of `--help`."""
-    metadata = {"doc": doc, "low": low, "below": below, "group": group}
+    """A field and its help. A number must lie in [low, below); `group` opens a section of `--help`.
+
+    `free`: it does not shape what is trained, so a resumed run may have another value.
+    """
+    metadata = {"doc": doc, "low": low, "below": below, "group": group, "free": free}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -54,23 +63,36 @@ class Config:
         group="Model",
     )
     num_classes: int | None = _option(None, "Outputs of the classifier; null: the data set's.", low=1)
+    from_pretrained: str | None = _option(
+        None,
+        "safetensors file of timm weights to start from; a head of another size starts anew.",
+        free=True,
+    )
 
     dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic"] = _option(
         "digits",
         "digits comes with a package; imagenet, imagefolder: train/ and val/ (or test/) of class folders.",
         group="Data",
     )
-    data_dir: str | None = _option(None, "Folder of the data set; required by all but digits and synthetic.")
-    download: bool = _option(False, "Allow fetching cifar10 or cifar100 into data_dir.")
+    data_dir: str | None = _option(
+        None, "Folder of the data set; required by all but digits and synthetic.", free=True
+    )
+    download: bool = _option(False, "Allow fetching cifar10 or cifar100 into data_dir.", free=True)
     img_size: int | None = _option(
         None, "Side of the square images in pixels; null: 224 for imagenet and imagefolder, else 32.", low=1
     )
     augment: bool = _option(True, "Random crop, and horizontal flip where the data set allows it.")
-    data_workers: int = _option(4, "Processes per rank that decode image folders which do not fit in memory.")
-    cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).")
+    data_workers: int = _option(
+        4, "Processes per rank that decode image folders which do not fit in memory.", free=True
+    )
+    cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
 
     workers: int | None = _option(
-        None, "W, the number of sub-ResNets; null: one per rank, or 4 on one rank.", low=1, group="Protocol"
+        None,
+        "W, the number of sub-ResNets; null: one per rank, or 4 on one rank.",
+        low=1,
+        group="Protocol",
+        free=True,
     )
     local_steps: int = _option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
     min_blocks: int = _option(0, "Every sub-ResNet holds at least so many pool blocks.")
@@ -81,7 +103,10 @@ class Config:
         "travel", "Momentum travels with its block and is averaged like it, or starts anew every round."
     )
     transit_mib: int = _option(
-        64, "Device memory (MiB) for blocks on their way in a synchronisation; one block at least.", low=1
+        64,
+        "Device memory (MiB) for blocks on their way in a synchronisation; one block at least.",
+        low=1,
+        free=True,
     )
 
     batch_size: int = _option(128, "Images per worker and local step.", group="Training", low=1)
@@ -110,30 +135,80 @@ class Config:
     dtype: Literal["float32", "float64"] = _option(
         "float32", "Of the weights; float64 is for checking a run against a simulation."
     )
-    channels_last: bool = _option(False, "Channels-last memory format (faster convolutions on GPUs).")
-    compile: bool = _option(False, "torch.compile the sub-ResNet.")
+    channels_last: bool = _option(
+        False, "Channels-last memory format (faster convolutions on GPUs).", free=True
+    )
+    compile: bool = _option(False, "torch.compile the sub-ResNet.", free=True)
     activation_checkpointing: bool = _option(
-        False, "Recompute activations in the backward pass: less memory, about a third more compute."
+        False,
+        "Recompute activations in the backward pass: less memory, about a third more compute.",
+        free=True,
     )
     cpu_threads: int = _option(
         0,
         "CPU threads per rank; 0: the cores divided among the machine's ranks. A fixed number makes CPU "
         "results independent of the number of ranks.",
+        free=True,
     )
 
-    eval_every: int = _option(10, "Rounds between evaluations; 0: only at the end.", group="Evaluation")
-    eval_batch_size: int | None = _option(None, "Images per forward pass; null: batch_size.", low=1)
-    eval_memory: int = _option(256, "MiB per rank for test activations that wait for the next block.", low=1)
-    calibration_samples: int = _option(1024, "Training images that set BatchNorm's statistics.", low=1)
+    eval_every: int = _option(
+        10, "Rounds between evaluations; 0: only at the end.", group="Evaluation", free=True
+    )
+    eval_batch_size: int | None = _option(
+        None, "Images per forward pass; null: batch_size.", low=1, free=True
+    )
+    eval_memory: int = _option(
+        256, "MiB per rank for test activations that wait for the next block.", low=1, free=True
+    )
+    calibration_samples: int = _option(
+        1024, "Training images that set BatchNorm's statistics.", low=1, free=True
+    )
+
+    checkpoint_every: int | None = _option(
+        None,
+        "Rounds between checkpoints; null: once an epoch, or by checkpoint_minutes; 0: only at the end.",
+        group="Checkpoints",
+        free=True,
+    )
+    checkpoint_minutes: float | None = _option(None, "Minutes between checkpoints.", free=True)
+    keep: int = _option(3, "Checkpoints that stay in OUTPUT_DIR/checkpoints.", low=1, free=True)
+    checkpoint_async: bool | None = _option(
+        None, "Write from a copy in host memory while training goes on; null: on GPUs.", free=True
+    )
+    checkpoint_errors: Literal["warn", "stop"] = _option(
+        "warn", "Whether a checkpoint that cannot be written (a full disk) ends the run.", free=True
+    )
+    resume: str = _option(
+        "never",
+        "never; auto: from the newest sound checkpoint in OUTPUT_DIR, if any; or a checkpoint's folder.",
+        free=True,
+    )
+    override: str | None = _option(
+        None,
+        "Options, joined by commas, that a resumed run may have other values of: lr,epochs.",
+        free=True,
+    )
+    grace: float = _option(
+        25.0, "Seconds after SIGTERM or SIGINT in which the round may end and be saved.", free=True
+    )
+    on_nan: Literal["stop", "skip"] = _option(
+        "stop", "A worker that meets NaN or Inf ends the run, or only its own round is dropped.", free=True
+    )
 
     seed: int = _option(0, "Decides weights, partitions and data.", below=2**63, group="Run")
-    output_dir: str = _option("runs/latest", "Folder for metrics.jsonl and all else that the run writes.")
-    log_with: Literal["wandb", "tensorboard", "none"] = _option(
-        "wandb", "Tracker; wandb is offline unless WANDB_API_KEY, a login or wandb_project asks for more."
+    output_dir: str = _option(
+        "runs/latest", "Folder for metrics.jsonl and all else that the run writes.", free=True
     )
-    wandb_project: str | None = _option(None, "Project at Weights & Biases; also turns the online mode on.")
-    run_name: str | None = _option(None, "Name of the run in the tracker.")
-    progress: bool = _option(True, "Progress bar.")
+    log_with: Literal["wandb", "tensorboard", "none"] = _option(
+        "wandb",
+        "Tracker; wandb is offline unless WANDB_API_KEY, a login or wandb_project asks for more.",
+        free=True,
+    )
+    wandb_project: str | None = _option(
+        None, "Project at Weights & Biases; also turns the online mode on.", free=True
+    )
+    run_name: str | None = _option(None, "Name of the run in the tracker.", free=True)
+    progress: bool = _option(True, "Progress bar.", free=True)
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -174,6 +249,22 @@ class Config:
             raise UserError("--dtype float64 excludes mixed precision: type --mixed_precision no")
         if self.rounds is not None and self.warmup_rounds > self.rounds:
             raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
+        if not self.resume:
+            raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
+        if self.from_pretrained == "":
+            raise UserError("--from_pretrained is empty: type a safetensors file")
+        for name in self.overridden:
+            if name not in SHAPING:
+                near = difflib.get_close_matches(name, SHAPING, 1)
+                hint = f" (did you mean {near[0]}?)" if near else f". Those that do: {', '.join(SHAPING)}"
+                raise UserError(f"--override {name!r}: no option of that name shapes training{hint}")
+
+    @property
+    def overridden(self) -> tuple[str, ...]:
+        """The options that `--override` names."""
+        return tuple(
+            name.strip().replace("-", "_") for name in (self.override or "").split(",") if name.strip()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All options as a plain dict; `Config(**config.to_dict()) == config`."""
@@ -182,6 +273,7 @@ class Config:
 
 _FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
 _TYPES: dict[str, Any] = typing.get_type_hints(Config)
+SHAPING = tuple(name for name, option in _FIELDS.items() if not option.metadata["free"])
 _CHOICES = {name: typing.get_args(t) for name, t in _TYPES.items() if typing.get_origin(t) is Literal}
 
 # ------------------------------------------------------------------------------------------------------------
@@ -238,7 +330,7 @@ def _command_line(argv: Sequence[str]) -> Iterator[_Given]:
         if not equals and name != "print_config":
             if rest and (not rest[0].startswith("-") or _is_number(rest[0])):
                 value = rest.pop(0)
-            elif _TYPES.get(name) is bool:
+            elif bool in _kinds(name):
                 value = "true"
             else:
                 raise UserError(f"--{name} needs a value: type {_expected(name)}")
@@ -301,7 +393,7 @@ def _expected(name: str) -> str:
 
 def _kinds(name: str) -> tuple[Any, ...]:
     """The alternatives of an option's type, as in `int | None`."""
-    return typing.get_args(_TYPES[name]) or (_TYPES[name],)
+    return typing.get_args(_TYPES.get(name)) or (_TYPES.get(name),)
 
 
 def _parser() -> ArgumentParser:
@@ -325,7 +417,7 @@ def _parser() -> ArgumentParser:
         shown = json.dumps(default) if not isinstance(default, str) else default
         names = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
         choices = f"{{{','.join(_CHOICES.get(name, ()))}}}"
-        bare: dict[str, Any] = {"nargs": "?", "const": True} if _TYPES[name] is bool else {}
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if bool in _kinds(name) else {}
         doc = f"{option.metadata['doc']} [{shown}]".replace("%", "%%")
         metavar = names.get(_kinds(name)[0], choices)
         group.add_argument(f"--{name}", type=_TYPES[name], default=default, help=doc, metavar=metavar, **bare)

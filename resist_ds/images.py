@@ -4,6 +4,7 @@ A *schedule* of (epoch, sample indices) goes in, and batches of bytes on the hos
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class OnDisk:
             num_workers=self.processes,
             pin_memory=pin,
             multiprocessing_context=_loader_context() if self.processes else None,
+            worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # else it would draw a seed, which nobody uses, from the global one
         )
         try:
@@ -143,6 +145,12 @@ def _rows(samples: np.ndarray) -> Tensor:
 
 def _unchanged(batch: object) -> object:
     return batch
+
+
+def _leave_signals_to_the_rank(process: int) -> None:
+    """Ctrl-C, and deepspeed's launcher, reach all processes; the rank needs these to end its round."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _loader_context() -> multiprocessing.context.BaseContext:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,21 +19,25 @@ from resist_ds.workers import Worker
 
 @dataclass(frozen=True)
 class Tally:
-    """What a worker's local steps came to; the loss is summed over the images (nats)."""
+    """What a worker's local steps came to; the loss is summed over the images (nats).
+
+    Attributes:
+        spoilt_at: index among these steps of the first whose loss was NaN or Inf, or None.
+    """
 
     loss: float
     right: int
     images: int
     seconds: float
+    spoilt_at: int | None = None
 
 
-def learning_rate(config: Config, step: int, steps: int) -> float:
-    """Learning rate of local step `step` (0 … steps−1) of a run.
+def learning_rate(config: Config, step: int, done: float) -> float:
+    """Learning rate of local step `step` of a run, when the share `done` of its images has been seen.
 
     step: ÷10 at 50 % and 75 % of training, as in the authors' release; cosine: half a period down to 0.
     A linear warm-up from 1/lr_warmup_steps multiplies either.
     """
-    done = step / steps
     factor = {
         "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
         "cosine": 0.5 * (1 + math.cos(math.pi * done)),
@@ -59,25 +63,23 @@ def local_steps(
     worker: Worker,
     batches: Iterator[tuple[Tensor, Tensor]],
     *,
-    first: int,
-    count: int,
-    steps: int,
+    rates: Sequence[float],
     config: Config,
 ) -> Tally:
-    """Train one worker, whose state is in `subnet`, on its next `count` batches.
+    """Train one worker, whose state is in `subnet`, on its next batches.
 
     Args:
-        first, steps: index of the first of these local steps in the run, and the run's length.
+        rates: the learning rate of each of these local steps.
     """
     device = subnet.vector.device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    losses = torch.zeros(len(rates), dtype=torch.float64, device=device)
     right = torch.zeros((), dtype=torch.int64, device=device)
     images = 0
     start = time.perf_counter()
     parameters = list(subnet.module.parameters())
-    for step, (x, y) in enumerate(islice(batches, count), start=first):
+    for step, (x, y) in enumerate(islice(batches, len(rates))):
         for group in subnet.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, steps)
+            group["lr"] = rates[step]
         micro = len(y) // config.accumulation_steps
         for x_part, y_part in zip(x.split(micro), y.split(micro), strict=True):
             with autocast(config, device):
@@ -85,7 +87,7 @@ def local_steps(
                 loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
             worker.scaler.scale(loss / config.accumulation_steps).backward()
             with torch.no_grad():
-                loss_sum += loss.detach() * len(y_part)
+                losses[step] += loss.detach() * len(y_part)
                 right += (logits.argmax(1) == y_part).sum()
         if config.clip_grad:
             worker.scaler.unscale_(subnet.optimizer)
@@ -94,5 +96,12 @@ def local_steps(
         worker.scaler.update()
         subnet.optimizer.zero_grad(set_to_none=True)
         images += len(y)
-    loss_total, right_total = loss_sum.item(), int(right)  # waits for the device
-    return Tally(loss_total, right_total, images, time.perf_counter() - start)
+    each, right_total = losses.tolist(), int(right)  # waits for the device
+    spoilt_at = next((step for step, loss in enumerate(each) if not math.isfinite(loss)), None)
+    return Tally(sum(each), right_total, images, time.perf_counter() - start, spoilt_at)
+
+
+def is_finite(vector: Tensor) -> bool:
+    """Whether no element is NaN or Inf; without a copy of it."""
+    low, high = torch.aminmax(vector)  # NaNs are propagated
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -129,6 +129,8 @@ class Blueprint:
         pool: P, the number of partitioned blocks.
         shared: (timm name, shape) of every shared parameter.
         block: (name inside the block, shape) of a pool block's parameters; the same for all P.
+        head: names of the classifier's parameters.
+        norms: (timm name, channels) of every BatchNorm of the global model.
         branch_end: the submodule of a pool block that ends its residual branch.
 
     Raises:
@@ -168,6 +170,10 @@ class Blueprint:
         )
         self.block: Shapes = tuple((n, tuple(p.shape)) for n, p in blocks[1].named_parameters())
         self.branch_end = self.family.branch_end[type(blocks[1])]
+        classifier = net.get_classifier()  # type: ignore[operator]
+        heads = {id(parameter) for parameter in classifier.parameters()}
+        self.head = tuple(n for n, parameter in net.named_parameters() if id(parameter) in heads)
+        self.norms = tuple((n, m.num_features) for n, m in net.named_modules() if isinstance(m, _BatchNorm))
         stateful = [
             n for n, m in net.named_modules() if [*m.buffers(recurse=False)] and not isinstance(m, _BatchNorm)
         ]
@@ -198,6 +204,11 @@ class Blueprint:
     def block_prefix(self, block: int) -> str:
         """timm's prefix of pool block `block` (0 … P−1), for instance `stages.2.blocks.1.`."""
         return self._pool_prefixes[block]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{timm name: shape} of every parameter of the global model, in its order."""
+        return {name: tuple(p.shape) for name, p in self._net.named_parameters()}
 
     def subnet(self, slots: int) -> nn.Module:
         """A meta-device sub-ResNet with `slots` places for pool blocks; parameters named as in timm."""

@@ -8,6 +8,7 @@ machine, for every number of ranks and loader processes, and under every version
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +50,23 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where in a run a round begins: what a checkpoint records, and what a resumed run starts from.
+
+    Attributes:
+        round, step: rounds, and local steps of each worker, that are done.
+        samples: images that all workers together have seen.
+        epoch, offset: the pass over the data, and how many samples of its permutation are dealt.
+    """
+
+    round: int = 0
+    step: int = 0
+    samples: int = 0
+    epoch: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class Order:
     """Which samples every worker sees at each of its local steps.
 
@@ -57,6 +75,8 @@ class Order:
     when no full round of batches remains (fewer than workers × batch_size samples) is dropped; the next
     epoch's permutation leaves others out.
 
+    A run that goes on, perhaps with another number of workers, deals the rest of `start`'s permutation first.
+
     Errors: UserError if the samples do not suffice for one batch per worker.
     """
 
@@ -64,6 +84,7 @@ class Order:
     samples: int
     workers: int
     batch_size: int
+    start: Position = Position()
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch > 0:
@@ -85,11 +106,32 @@ class Order:
 
     def batch(self, step: int, worker: int) -> tuple[int, np.ndarray]:
         """(epoch, sample indices int64 [batch_size]) of a worker's local step; the run's first is 0."""
-        assert step >= 0 and 0 <= worker < self.workers, (step, worker)
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = (step_in_epoch * self.workers + worker) * self.batch_size
+        assert step >= self.start.step and 0 <= worker < self.workers, (step, worker)
+        epoch, offset = self._place(step)
+        start = offset + worker * self.batch_size
         # A copy, so that nobody holds a view of the cached permutation.
         return epoch, _permutation(self.seed, epoch, self.samples)[start : start + self.batch_size].copy()
+
+    def after(self, rounds: int, local_steps: int) -> Position:
+        """Where the run is when `rounds` more than the start's, of `local_steps` each, are done."""
+        step = self.start.step + rounds * local_steps
+        samples = self.start.samples + rounds * local_steps * self.workers * self.batch_size
+        return Position(self.start.round + rounds, step, samples, *self._place(step))
+
+    def rounds(self, epochs: float, local_steps: int) -> int:
+        """Number of rounds, those before the start included, after which all have seen `epochs` passes."""
+        left = Fraction(str(epochs)) * self.samples - self.start.samples
+        return self.start.round + max(0, math.ceil(left / (local_steps * self.workers * self.batch_size)))
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """(epoch, offset into its permutation) at which a local step begins."""
+        each = self.workers * self.batch_size
+        step -= self.start.step
+        first = (self.samples - self.start.offset) // each  # steps that the start's epoch still has
+        if step < first:
+            return self.start.epoch, self.start.offset + step * each
+        epoch, step = divmod(step - first, self.steps_per_epoch)
+        return self.start.epoch + 1 + epoch, step * each
 
 
 # Two entries: a rank that plays its workers in turn goes back over an epoch's end within a round.

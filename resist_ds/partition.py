@@ -11,6 +11,8 @@ Nothing here communicates or touches a tensor, and nothing drawn here depends on
 """
 
 import hashlib
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,16 +143,33 @@ class Exchange:
     shared: tuple[Move, ...]
 
 
-def plan_aggregate(partition: Partition) -> Exchange:
-    """Every piece from its holders to its owner. Chunk w of shared is owned by worker w."""
+def counted(holders: tuple[int, ...], dropped: frozenset[int]) -> tuple[int, ...]:
+    """The holders whose values a piece's mean is taken of: those whose round counts.
+
+    Where none does, all of them: they are back at the round's start, where they held the same values.
+    """
+    return tuple(h for h in holders if h not in dropped) or holders
+
+
+def plan_aggregate(partition: Partition, dropped: frozenset[int] = frozenset()) -> Exchange:
+    """Every piece from its holders to its owner. Chunk w of shared is owned by worker w.
+
+    Args:
+        dropped: the workers whose round does not count (`--on_nan skip`).
+    """
     blocks = (
         Move(block, holder, (partition.owners[block],))
         for block, holders in enumerate(partition.holders)
-        for holder in holders
+        for holder in counted(holders, dropped)
         if holder != partition.owners[block]
     )
-    workers = range(partition.workers)
-    shared = (Move(chunk, holder, (chunk,)) for chunk in workers for holder in workers if holder != chunk)
+    workers = tuple(range(partition.workers))
+    shared = (
+        Move(chunk, holder, (chunk,))
+        for chunk in workers
+        for holder in counted(workers, dropped)
+        if holder != chunk
+    )
     return Exchange(tuple(blocks), tuple(shared))
 
 
@@ -178,6 +197,25 @@ def chunk_bounds(numel: int, chunks: int) -> tuple[tuple[int, int], ...]:
     """Cut `numel` elements into equal flat chunks, (start, stop) each; the last may be shorter or empty."""
     size = -(-numel // chunks)
     return tuple((min(c * size, numel), min((c + 1) * size, numel)) for c in range(chunks))
+
+
+def spread(sizes: Mapping[str, int], loads: Sequence[int]) -> dict[str, int]:
+    """Give named things to workers so that their loads stay even: the largest first, to whoever has least.
+
+    Args:
+        sizes: of each thing.
+        loads: what each worker has already.
+
+    Returns:
+        {name: worker}.
+    """
+    heap = [(load, worker) for worker, load in enumerate(loads)]
+    heapq.heapify(heap)
+    given = {}
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        load, given[name] = heap[0]
+        heapq.heapreplace(heap, (load + sizes[name], given[name]))
+    return given
 
 
 def slice_length(moves: tuple[Move, ...], layout: Layout, numel: int, budget: int) -> int:

@@ -18,6 +18,7 @@ from resist_ds.partition import (
     Move,
     Partition,
     chunk_bounds,
+    counted,
     plan_aggregate,
     plan_hand_off,
     slice_length,
@@ -73,7 +74,9 @@ class Synchroniser:
             start=lambda piece, worker, deal: chunks[piece][0],
         )
 
-    def aggregate(self, vectors: Mapping[int, Tensor], now: Partition) -> None:
+    def aggregate(
+        self, vectors: Mapping[int, Tensor], now: Partition, dropped: frozenset[int] = frozenset()
+    ) -> None:
         """Leave every piece's mean over its holders with its owner. Collective: all ranks.
 
         The mean is taken in fp64 in worker order: n equal values then keep every bit, and the result
@@ -81,15 +84,17 @@ class Synchroniser:
 
         Args:
             vectors: state vector of each worker that this rank plays.
+            dropped: workers whose round does not count; their vectors are those of the round's start.
         """
-        plan = plan_aggregate(now)
+        plan = plan_aggregate(now, dropped)
         everyone = tuple(range(now.workers))
-        for pieces, moves, owners, holders in (
+        for pieces, moves, owners, held in (
             (self._blocks, plan.blocks, now.owners, now.holders),
             (self._shared, plan.shared, everyone, (everyone,) * now.workers),
         ):
+            holders = [counted(workers, dropped) for workers in held]
             leaving = [m for m in moves if self._rank(m.source) != self._rank(m.targets[0])]
-            owned = [p for p, owner in enumerate(owners) if owner in self._mine and len(holders[p]) > 1]
+            owned = [p for p, owner in enumerate(owners) if owner in self._mine and holders[p] != (owner,)]
             for lo, hi in self._slices(pieces, leaving, vectors):
                 arrived = self._exchange(pieces, leaving, vectors, now, lo, hi, "aggregate")
                 for piece in (p for p in owned if lo < pieces.lengths[p]):
@@ -99,7 +104,7 @@ class Synchroniser:
                         else arrived[piece, w]
                         for w in holders[piece]
                     ]
-                    _mean(values, out=values[holders[piece].index(owners[piece])])
+                    _mean(values, out=pieces.slice(vectors[owners[piece]], piece, owners[piece], now, lo, hi))
 
     def hand_off(self, vectors: Mapping[int, Tensor], now: Partition, then: Partition) -> None:
         """Bring every piece from its owner to its next holders' slots. Collective: all ranks."""

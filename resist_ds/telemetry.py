@@ -23,13 +23,15 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from resist_ds.checkpoint import State
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.errors import UserError
 from resist_ds.local import Tally
 from resist_ds.memory import GIB, PeakMemory
+from resist_ds.saver import Saved
 
-PHASES = ("local", "sync", "eval")
+PHASES = ("local", "sync", "eval", "save")
 
 
 @dataclass
@@ -105,9 +107,10 @@ def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
     tallies = dict(sorted(item for f in ranks for item in f.tallies.items())).values()
     images = sum(t.images for t in tallies)
     local, sync = _slowest(ranks, "local"), _slowest(ranks, "sync")
+    each = images or math.nan  # a round that was dropped for all workers has no loss
     return {
-        "train/loss": math.fsum(t.loss for t in tallies) / images,
-        "train/accuracy": sum(t.right for t in tallies) / images,
+        "train/loss": math.fsum(t.loss for t in tallies) / each,
+        "train/accuracy": sum(t.right for t in tallies) / each,
         "perf/samples_per_s": images / (local + sync),
         "perf/local_s": local,
         "perf/sync_s": sync,
@@ -124,7 +127,8 @@ class Totals:
         images, seconds: per worker, of its local steps.
         peak: per phase and rank, bytes.
         bytes_round, bytes_total: bytes of synchronisation alone, and of everything.
-        accuracy: of every evaluation, in order.
+        skipped: rounds of workers that were dropped (`--on_nan skip`).
+        accuracy: of every evaluation, in order; of a resumed run, the best and the last one before.
     """
 
     images: Counter[int] = field(default_factory=Counter)
@@ -133,7 +137,13 @@ class Totals:
     bytes_sync: int = 0
     bytes_total: int = 0
     rounds: int = 0
+    skipped: int = 0
     accuracy: list[float] = field(default_factory=list)
+
+    def to_keep(self) -> dict[str, Any]:
+        """What a checkpoint takes along: the totals of the run, not of this process."""
+        accuracy = [max(self.accuracy), self.accuracy[-1]] if self.accuracy else []
+        return {"bytes_total": self.bytes_total, "skipped": self.skipped, "accuracy": accuracy}
 
     def add(self, ranks: Sequence[Figures]) -> None:
         for rank, figures in enumerate(ranks):
@@ -149,9 +159,16 @@ class Totals:
 class Telemetry:
     """Writes records on rank 0, counts totals on all. Use as a context."""
 
-    def __init__(self, comm: Comm, config: Config, rounds: int):
+    def __init__(self, comm: Comm, config: Config, rounds: int, path: Path, resumed: State | None = None):
+        """
+        Args:
+            path: of metrics.jsonl, whose folder exists.
+            resumed: the state that the run goes on from; its records are continued.
+        """
         self._main = comm.rank == 0
         self._config = config
+        self._path = path
+        self._resumed = resumed
         self._file: TextIO | None = None
         self._accelerator: Accelerator | None = None
         self._bar: tqdm[Any] | None = None
@@ -159,7 +176,7 @@ class Telemetry:
         self._comm = comm
         self._last: dict[str, Any] = {}
         self._shown: dict[str, str] = {}
-        self.totals = Totals()
+        self.totals = Totals(**resumed.totals) if resumed else Totals()
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Open the run's files and its tracker, on every rank; no communication.
@@ -179,16 +196,17 @@ class Telemetry:
         assert accelerator.num_processes == self._comm.size, (accelerator.num_processes, self._comm.size)
         if self._main:
             try:
-                path = metrics_path(config)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w", buffering=1)
+                self._file = self._path.open("a" if self._resumed else "w", buffering=1)
             except OSError as error:
                 raise UserError(
                     f"--output_dir {config.output_dir} cannot be written to ({error.strerror}): "
                     "type another folder"
                 ) from None
             if config.progress:
-                self._bar = tqdm(total=self._rounds, unit="round", dynamic_ncols=True, disable=None)
+                done = self._resumed.round if self._resumed else 0
+                self._bar = tqdm(
+                    total=self._rounds, initial=done, unit="round", dynamic_ncols=True, disable=None
+                )
         if config.log_with != "none":
             self._start_tracker(accelerator, settings)
 
@@ -214,11 +232,14 @@ class Telemetry:
             return
         self._accelerator = accelerator
 
-    def round(self, position: Mapping[str, Any], ranks: Sequence[Figures]) -> None:
-        """A round is done."""
+    def round(self, position: Mapping[str, Any], ranks: Sequence[Figures], skipped: int = 0) -> None:
+        """A round is done; that of `skipped` workers was dropped."""
         self.totals.add(ranks)
         self.totals.rounds += 1
+        self.totals.skipped += skipped
         metrics = round_metrics(ranks)
+        if self._config.on_nan == "skip":
+            metrics["train/skipped"] = skipped
         self._record("round", {**position, **metrics, "comm/bytes_total": self.totals.bytes_total})
         if self._bar is not None:
             self._shown |= {
@@ -246,6 +267,18 @@ class Telemetry:
         self._record("eval", metrics)
         self._shown["test"] = f"{100 * accuracy:.2f}%"
 
+    def checkpoint(self, saved: Saved) -> None:
+        """A checkpoint is complete."""
+        self._record(
+            "checkpoint", {"round": saved.round, "perf/save_s": saved.seconds, "save/bytes": saved.size}
+        )
+
+    def sync(self) -> None:
+        """Have the records so far on the disk, as a checkpoint is about to rely on them."""
+        if self._file is not None:
+            with suppress(OSError):  # /dev/full and the like; a write says so when it fails
+                os.fsync(self._file.fileno())
+
     def summary(self, settings: Mapping[str, Any]) -> None:
         """The run is done: the last values once more, and the best accuracy."""
         self._close_bar()  # what is said from here on stands below it
@@ -266,7 +299,7 @@ class Telemetry:
             try:
                 self._file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
             except OSError as error:  # a full disk, say: the others wait in the next collective
-                self.warn(f"cannot write {metrics_path(self._config)}: {error.strerror}; going on without it")
+                self.warn(f"cannot write {self._path}: {error.strerror}; going on without it")
                 with suppress(OSError):
                     self._file.close()
                 self._file = None
@@ -308,11 +341,6 @@ class Telemetry:
                     tracker.finish()
             except Exception as failure:
                 self.warn(f"{self._config.log_with} could not be closed: {failure}")
-
-
-def metrics_path(config: Config) -> Path:
-    """Where a run writes its records."""
-    return Path(config.output_dir).expanduser() / "metrics.jsonl"
 
 
 def _check_tracker(config: Config) -> None:

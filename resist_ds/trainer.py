@@ -1,30 +1,39 @@
-"""The round loop: local steps, aggregate, hand off, evaluate (paper, section 3)."""
+"""The round loop: local steps, aggregate, hand off, evaluate, save (paper, section 3)."""
 
-import math
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resist_ds import report
+from resist_ds import report, resume
+from resist_ds.checkpoint import Checkpoint, State, Statistics, config_hash, config_to_keep, versions
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data, download, load_data
-from resist_ds.errors import RunError, UserError
+from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
 from resist_ds.evaluate import Evaluation, Result
-from resist_ds.local import autocast, learning_rate, local_steps
+from resist_ds.folder import RunFolder
+from resist_ds.initial import Initialisation, Pretrained
+from resist_ds.local import Tally, autocast, is_finite, learning_rate, local_steps
 from resist_ds.models import Blueprint
-from resist_ds.order import Order
+from resist_ds.order import Order, Position
 from resist_ds.partition import Layout, Partition, sample_partition
+from resist_ds.saver import Saver
+from resist_ds.signals import Signals
+from resist_ds.subnet import OptimizerState
 from resist_ds.sync import Synchroniser
 from resist_ds.telemetry import Meter, Telemetry
-from resist_ds.workers import Workers
+from resist_ds.workers import Worker, Workers
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -32,38 +41,54 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 def main(config: Config) -> int:
     """Train as `config` says; returns the exit code. Collective: all ranks."""
     comm = Comm()
-    try:
-        Trainer(comm, config).run()
-    except RunError as error:
-        if comm.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code  # without leaving the job: that waits for collectives which may never end
+    with Signals(config.grace, comm.rank) as signals:
+        try:
+            trainer = Trainer(comm, config)
+            try:
+                trainer.run(signals)
+            finally:
+                trainer.folder.release()
+        except RunError as error:
+            if comm.rank == 0:
+                prefix = "" if isinstance(error, Stopped) else "error: "
+                print(f"{prefix}{error}", file=sys.stderr, flush=True)
+            return error.exit_code  # without leaving the job: that waits for collectives which may never end
     comm.close()
     return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells the others when its local steps are done.
+
+    Attributes:
+        spoilt: {worker: where it first met NaN or Inf} of those workers that did.
+        signal: the number of a signal that asked it to stop, or None.
+        due: whether, by its clock, it is time for a checkpoint.
+        written: whether its part of a checkpoint in flight is on the disk.
+    """
+
+    spoilt: dict[int, str]
+    signal: int | None
+    due: bool
+    written: bool
 
 
 class Trainer:
     """One run: what is to be done, and the state of the workers that this rank plays."""
 
     def __init__(self, comm: Comm, config: Config):
-        """Load the data and place the workers. Collective: all ranks."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Launchers differ in the thread counts that they set, and on a CPU results differ with these.
-        config = replace(config, cpu_threads=config.cpu_threads or max(1, cores // comm.local_size))
-        torch.set_num_threads(config.cpu_threads)
-        os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)  # where it is unset, accelerate sets another
-        torch.backends.cudnn.benchmark = True  # shapes never change
-        self.comm = comm
-        self.config = config
+        """Take the folder, load the data, place the workers. Collective: all ranks."""
         self.meter = Meter(comm)
+        self.comm = comm
+        self.folder = RunFolder(config.output_dir)
+        comm.agree(lambda: self.folder.take() if comm.rank == 0 else None)
+        checkpoint, self.remarks = resume.choose(comm, config, self.folder)
+        self.resumed = checkpoint.state if checkpoint else None
+        self.resumed_here = checkpoint is not None and self.folder.holds(checkpoint.folder)
+        self.start = self.resumed.position if self.resumed else Position()
+        self.config = config = self._with_threads(config)
 
-        workers = config.workers or (comm.size if comm.size > 1 else 4)
-        if workers < comm.size:
-            raise UserError(
-                f"--workers {workers} is less than the {comm.size} ranks: "
-                f"type --workers {comm.size} or more, or start fewer ranks"
-            )
-        self.layout = Layout(workers, comm.size)
         self.data = self._load_data()
         self.blueprint = comm.agree(lambda: Blueprint(config.model, self.data.num_classes))
         if config.min_blocks > self.blueprint.pool:
@@ -71,45 +96,91 @@ class Trainer:
                 f"--min_blocks {config.min_blocks} is more than {config.model} has: "
                 f"type at most {self.blueprint.pool}, its pool blocks"
             )
-        self.order = Order(config.seed, self.data.train_size, workers, config.batch_size)
-        steps = config.epochs * self.data.train_size / (workers * config.batch_size)
-        self.rounds = config.rounds or math.ceil(steps / config.local_steps)
+        if self.resumed:
+            resume.check(self.options, config.overridden, self.resumed, self.data.train_size)
+        self.layout = Layout(self._number_of_workers(), comm.size)
+        self.order = Order(
+            config.seed, self.data.train_size, self.layout.workers, config.batch_size, self.start
+        )
+        self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
 
-        self.deal = self.partition(0)
-        self.workers = comm.agree(self._place_workers)
+        self.deal = self.partition(self.start.round)
+        self.workers = comm.agree(partial(self._place_workers, checkpoint))
+        self.statistics = self._statistics(checkpoint)
+        self.statistics_round = self.resumed.statistics_round if self.resumed else None
+        if checkpoint:
+            checkpoint.close()
+        travel = config.optimizer_state == "travel"
         self.sync = Synchroniser(
             comm,
             self.layout,
             self.workers.layout,
             self.blueprint.pool,
             budget=config.transit_mib << 20,
-            travel=config.optimizer_state == "travel",
+            travel=travel,
         )
         self.evaluation = Evaluation(comm, self.layout, self.blueprint, self.data, config)
+        on_gpu = comm.device.type == "cuda"
+        self.saver = Saver(
+            comm,
+            self.blueprint,
+            self.folder.checkpoints,
+            dtype=getattr(torch, config.dtype),
+            optimizer=OptimizerState.of(config) if travel else OptimizerState(()),
+            keep=config.keep,
+            background=on_gpu if config.checkpoint_async is None else config.checkpoint_async,
+        )
+        self._last_save = time.monotonic()
 
-    def run(self) -> Result:
-        """Train to the end; returns the last evaluation. Collective: all ranks."""
+    def run(self, signals: Signals | None = None) -> Result | None:
+        """Train to the end; returns the last evaluation, or None if all was done before.
+
+        Collective: all ranks.
+
+        Args:
+            signals: requests to stop, which are met between rounds.
+
+        Raises:
+            Stopped: a signal asked for it; a checkpoint was written.
+            NotFiniteError: a worker met NaN or Inf under `--on_nan stop`.
+        """
         job = report.Job(self.config, self.comm, self.layout, self.blueprint, self.data, self.rounds)
-        with Telemetry(self.comm, self.config, self.rounds) as telemetry:
+        if self.start.round >= self.rounds:
+            if self.comm.rank == 0:
+                print(f"nothing to do: the run is complete (round {self.start.round} of {self.rounds})")
+            return None
+        self.comm.agree(lambda: self._tidy_folder() if self.comm.rank == 0 else None)
+        telemetry = Telemetry(self.comm, self.config, self.rounds, self.folder.metrics, self.resumed)
+        with telemetry:
             self.comm.agree(lambda: telemetry.open(job.settings()))
             telemetry.say(report.opening(job, self.deal))
+            for remark in self.remarks:
+                telemetry.warn(remark)
             batches = self._batches()
-            for round in range(self.rounds):
+            if signals:
+                signals.defer()
+            for round in range(self.start.round, self.rounds):
                 trained, self.deal = self.deal, self.partition(round + 1)
                 with self.meter.phase("local"):
-                    self.comm.agree(partial(self._local_steps, round, batches))
+                    reports = self.comm.collect(partial(self._local_steps, round, batches, signals))
+                dropped = self._dropped(round, reports, telemetry)
                 with self.meter.phase("sync"):
-                    self._synchronise(trained, self.deal)
-                telemetry.round(self._position(round, trained), self.comm.gather(self.meter.take()))
+                    self._synchronise(trained, self.deal, dropped)
+                axes = self._axes(round, trained)
+                telemetry.round(axes, self.comm.gather(self.meter.take()), len(dropped))
                 if self._evaluation_is_due(round):
                     with self.meter.phase("eval"):
-                        result = self._evaluate(trained)
-                    telemetry.evaluation(
-                        self._position(round, trained),
-                        self.comm.gather(self.meter.take()),
-                        result.loss,
-                        result.accuracy,
-                    )
+                        result = self._evaluate(round, trained)
+                    figures = self.comm.gather(self.meter.take())
+                    telemetry.evaluation(axes, figures, result.loss, result.accuracy)
+                stop = next((r.signal for r in reports if r.signal is not None), None)
+                if self.saver.in_flight and all(r.written for r in reports):
+                    self._settle(telemetry)
+                if stop is not None or self._checkpoint_is_due(round, reports[0].due):
+                    self._save(round, trained, telemetry, wait=stop is not None)
+                if stop is not None and round + 1 < self.rounds:
+                    raise self._stopped(round, stop)
+            self._settle(telemetry)
             telemetry.summary(job.settings())
             telemetry.say(report.closing(job, self.deal, telemetry.totals, self.meter.baseline))
         return result
@@ -120,9 +191,83 @@ class Trainer:
         least = pool if round < config.warmup_rounds else config.min_blocks
         return sample_partition(config.seed, round, workers=self.layout.workers, pool=pool, min_blocks=least)
 
-    def _place_workers(self) -> Workers:
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as a checkpoint keeps them, with the data set's values in place of nulls."""
+        classes, size = self.data.num_classes, self.data.img_size
+        return config_to_keep(replace(self.config, num_classes=classes, img_size=size))
+
+    def _with_threads(self, config: Config) -> Config:
+        """The config with a fixed number of CPU threads, which is in force from here on.
+
+        Launchers differ in the thread counts that they set, and on a CPU results differ with these.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = config.cpu_threads or max(1, cores // self.comm.local_size)
+        before = self.resumed.cpu_threads if self.resumed else threads
+        if threads != before and not config.cpu_threads and before <= cores:
+            threads = before
+        if threads != before and self.comm.device.type == "cpu":
+            self.remarks += (f"{threads} CPU threads per rank, and {before} before: last bits will differ",)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is unset, accelerate sets another
+        torch.backends.cudnn.benchmark = True  # shapes never change
+        return replace(config, cpu_threads=threads)
+
+    def _number_of_workers(self) -> int:
+        """W: what was asked for, the resumed run's, or one per rank."""
+        ranks = self.comm.size
+        before = self.resumed.workers if self.resumed else 0
+        workers = self.config.workers or before or (ranks if ranks > 1 else 4)
+        if workers < ranks:
+            name = f"--workers {workers}" if self.config.workers else f"the checkpoint's --workers {workers}"
+            raise UserError(
+                f"{name} is less than the {ranks} ranks: type --workers {ranks} or more, or start fewer ranks"
+            )
+        return workers
+
+    def _place_workers(self, checkpoint: Checkpoint | None) -> Workers:
+        """This rank's workers with their first values: a checkpoint's, a file's, or timm's."""
+        config, blueprint = self.config, self.blueprint
+        source: Checkpoint | Pretrained | Initialisation
+        if checkpoint:
+            source = checkpoint
+        elif config.from_pretrained:
+            source = Pretrained(
+                Path(config.from_pretrained).expanduser(), blueprint, config.seed, self.deal.scale
+            )
+            if source.renewed:
+                self.remarks += (f"{', '.join(source.renewed)} start anew: their size is another one",)
+        else:
+            source = Initialisation(blueprint, config.seed)
         with self._within_memory():
-            return Workers(self.comm, self.layout, self.blueprint, self.config, self.deal)
+            workers = Workers(self.comm, self.layout, blueprint, config, self.deal, source)
+        if self.resumed and self.resumed.loss_scales:
+            # Another number of workers starts from the most careful scale.
+            scales = self.resumed.loss_scales
+            least = min(scales, key=lambda scale: scale["scale"])
+            same = len(scales) == self.layout.workers
+            workers.set_loss_scales(scales if same else [least] * self.layout.workers)
+        return workers
+
+    def _statistics(self, checkpoint: Checkpoint | None) -> Statistics:
+        """BatchNorm's statistics before the first evaluation: the checkpoint's, or timm's initial ones."""
+        if checkpoint:
+            return self.comm.agree(checkpoint.statistics)
+        dtype = getattr(torch, self.config.dtype)
+        return {
+            n: (torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype))
+            for n, size in self.blueprint.norms
+        }
+
+    def _tidy_folder(self) -> None:
+        """On rank 0: records that will be written again are cut, an earlier run's files are set aside."""
+        if self.resumed and self.resumed_here:
+            self.folder.cut_metrics(self.start.round)
+            return
+        place = self.folder.set_aside()
+        if place:
+            self.remarks += (f"the records and checkpoints of an earlier run are now in {place}",)
 
     @contextmanager
     def _within_memory(self) -> Iterator[None]:
@@ -151,31 +296,30 @@ class Trainer:
 
         def schedule() -> Iterator[tuple[int, np.ndarray]]:
             steps = self.config.local_steps
-            for round in range(self.rounds):
+            for round in range(self.start.round, self.rounds):
+                first = self.order.after(round - self.start.round, steps).step
                 for worker in self.layout.workers_of(self.comm.rank):
-                    for step in range(round * steps, (round + 1) * steps):
+                    for step in range(first, first + steps):
                         yield self.order.batch(step, worker)
 
         dtype = getattr(torch, self.config.dtype)
         return self.data.train_batches(schedule(), self.comm.device, dtype, self.config.channels_last)
 
-    def _local_steps(self, round: int, batches: Batches) -> None:
+    def _local_steps(self, round: int, batches: Batches, signals: Signals | None) -> Report:
         """ℓ local steps of every worker that this rank plays. No communication."""
         config = self.config
         if config.optimizer_state == "reset":
             self.workers.reset_optimizer()
+        spoilt: dict[int, str] = {}
+        rates = self._learning_rates(round)
         try:
             with self._within_memory():
                 for worker in self.workers.turns():
-                    tally = local_steps(
-                        self.workers.subnet,
-                        worker,
-                        batches,
-                        first=round * config.local_steps,
-                        count=config.local_steps,
-                        steps=self.rounds * config.local_steps,
-                        config=config,
-                    )
+                    tally = local_steps(self.workers.subnet, worker, batches, rates=rates, config=config)
+                    where = self._spoilt(round, tally, worker)
+                    if where:
+                        worker.spoilt, spoilt[worker.index] = True, where
+                        tally = replace(tally, loss=0.0, right=0, images=0)
                     self.meter.tally(worker.index, tally)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -185,10 +329,39 @@ class Trainer:
                 f"--img_size, or a --batch_size of at least {2 * config.accumulation_steps} "
                 "(2 for each accumulation step)"
             ) from error
+        minutes = (time.monotonic() - self._last_save) / 60
+        due = config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes
+        return Report(spoilt, signals.received if signals else None, due, self.saver.written)
 
-    def _synchronise(self, trained: Partition, deal: Partition) -> None:
+    def _spoilt(self, round: int, tally: Tally, worker: Worker) -> str | None:
+        """Where in a round a worker first met NaN or Inf, if it did: in a loss, or in what it now holds.
+
+        A gradient's reaches the weights and momentum in the same step, and the next step's loss.
+        """
+        if tally.spoilt_at is not None:
+            step = self._after(round - 1).step + tally.spoilt_at + 1
+            return f"first in the loss of local step {step}"
+        if not is_finite(self.workers.subnet.vector):
+            return f"in the weights or momentum after local step {self._after(round).step}"
+        return None
+
+    def _dropped(self, round: int, reports: Sequence[Report], telemetry: Telemetry) -> frozenset[int]:
+        """The workers whose round must not reach the others. Collective: all ranks."""
+        spoilt = {worker: where for report in reports for worker, where in report.spoilt.items()}
+        said = [f"worker {w} met NaN or Inf in round {round + 1}, {spoilt[w]}" for w in sorted(spoilt)]
+        if spoilt and self.config.on_nan == "stop":
+            self._settle(telemetry)
+            raise NotFiniteError(
+                f"{'; '.join(said)}. Nothing of this round was averaged or saved: try a lower --lr or "
+                "--clip_grad 1, or --on_nan skip"
+            )
+        for line in said:
+            telemetry.warn(f"{line}: its round is dropped")
+        return frozenset(spoilt)
+
+    def _synchronise(self, trained: Partition, deal: Partition, dropped: frozenset[int]) -> None:
         """Average every piece and bring it to its next holders. Collective: all ranks."""
-        self.sync.aggregate(self.workers.vectors, trained)
+        self.sync.aggregate(self.workers.vectors, trained, dropped)
         self.sync.hand_off(self.workers.vectors, trained, deal)
         if deal.slots != trained.slots:  # warm-up is over
             self.workers.resize(deal.slots)
@@ -197,25 +370,103 @@ class Trainer:
         every = self.config.eval_every
         return round + 1 == self.rounds or (every > 0 and (round + 1) % every == 0)
 
-    def _evaluate(self, trained: Partition) -> Result:
+    def _evaluate(self, round: int, trained: Partition) -> Result:
         """Test the global model with the test scale of the round just trained. Collective: all ranks."""
         self.workers.prepare_evaluation()
-        return self.evaluation.run(
+        result = self.evaluation.run(
             self.workers.subnet,
             self.workers.vectors,
             self.deal,
             trained.scale,
             autocast(self.config, self.comm.device),
         )
+        if all(is_finite(values) for pair in result.statistics.values() for values in pair):
+            self.statistics, self.statistics_round = result.statistics, round + 1
+        return result
 
-    def _position(self, round: int, trained: Partition) -> dict[str, float]:
+    def _checkpoint_is_due(self, round: int, by_clock: bool) -> bool:
+        every = self.config.checkpoint_every
+        if round + 1 == self.rounds or by_clock:
+            return True
+        if every is not None:
+            return every > 0 and (round + 1) % every == 0
+        passes = [self._after(r).samples // self.data.train_size for r in (round - 1, round)]
+        return self.config.checkpoint_minutes is None and passes[0] < passes[1]
+
+    def _save(self, round: int, trained: Partition, telemetry: Telemetry, *, wait: bool) -> None:
+        """Write the state at the start of the next round. Collective: all ranks."""
+        self._settle(telemetry)
+        telemetry.sync()
+        scales = {w: s for rank in self.comm.gather(self.workers.loss_scales) for w, s in rank.items()}
+        state = State(
+            **asdict(self._after(round)),
+            train_size=self.data.train_size,
+            model=self.blueprint.name,
+            num_classes=self.blueprint.num_classes,
+            workers=self.layout.workers,
+            slots=self.deal.slots,
+            pool=self.deal.pool,
+            test_scale=trained.scale,
+            statistics_round=self.statistics_round,
+            dtype=self.config.dtype,
+            optimizer=asdict(self.saver.optimizer),
+            loss_scales=[scales[w] for w in range(self.layout.workers)] if scales else None,
+            totals=telemetry.totals.to_keep(),
+            cpu_threads=self.config.cpu_threads,
+            config=self.options,
+            config_hash=config_hash(self.options),
+            versions=versions(),
+        )
+        with self.meter.phase("save"):
+            self.saver.start(state, self.workers.owned(self.deal), self.statistics)
+        telemetry.totals.add(self.comm.gather(self.meter.take()))
+        self._last_save = time.monotonic()
+        if wait or not self.saver.background:
+            self._settle(telemetry)
+
+    def _settle(self, telemetry: Telemetry) -> None:
+        """Complete a checkpoint in flight, if there is one. Collective: all ranks."""
+        if not self.saver.in_flight:
+            return
+        saved = self.saver.settle()
+        if saved.error is None:
+            telemetry.checkpoint(saved)
+            return
+        said = (
+            f"the checkpoint of round {saved.round} was not written ({saved.error}); older ones are as before"
+        )
+        if self.config.checkpoint_errors == "stop" or saved.round == self.rounds:
+            raise RunError(said)
+        telemetry.warn(said)
+
+    def _stopped(self, round: int, signum: int) -> Stopped:
+        name = signal.Signals(signum).name
+        return Stopped(
+            f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from there",
+            signum,
+        )
+
+    def _after(self, round: int) -> Position:
+        """Where the run is when `round` is done."""
+        return self.order.after(round + 1 - self.start.round, self.config.local_steps)
+
+    def _learning_rates(self, round: int) -> list[float]:
+        """Learning rate of each local step of a round."""
+        first, last = self._after(round - 1), self._after(self.rounds - 1).samples
+        each = self.layout.workers * self.config.batch_size
+        return [
+            learning_rate(self.config, first.step + i, (first.samples + i * each) / last)
+            for i in range(self.config.local_steps)
+        ]
+
+    def _axes(self, round: int, trained: Partition) -> dict[str, float]:
         """Where in the run the end of a round is, and what a worker held in it."""
-        steps = (round + 1) * self.config.local_steps
+        position = self._after(round)
         return {
-            "round": round + 1,
-            "global_step": steps,
-            "samples_seen": steps * self.layout.workers * self.config.batch_size,
-            "lr": learning_rate(self.config, steps - 1, self.rounds * self.config.local_steps),
+            "round": position.round,
+            "global_step": position.step,
+            "samples_seen": position.samples,
+            "lr": self._learning_rates(round)[-1],
             "mem/params_held": self.blueprint.parameters_held(trained.slots),
             "mem/params_full": self.blueprint.parameters,
         }

@@ -141,7 +141,7 @@ def bench_local(args: argparse.Namespace, workers: int) -> Times:
 
     def ours() -> None:
         batches: Iterator[tuple[Tensor, Tensor]] = repeat((x, y))
-        local_steps(crew.subnet, worker, batches, first=0, count=args.steps, steps=10**6, config=config)
+        local_steps(crew.subnet, worker, batches, rates=[config.lr] * args.steps, config=config)
 
     def bare() -> None:
         for _ in range(args.steps):

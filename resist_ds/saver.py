@@ -1,0 +1,295 @@
+"""Saving: all ranks write their part of a checkpoint, and it appears whole or not at all.
+
+The files go into a partial folder; every rank hashes and syncs what it writes. Once all have reported
+success, rank 0 adds the indexes, the state and the manifest, syncs and renames the folder, and removes old
+checkpoints last. An error on any rank leaves the older checkpoints as they are and nothing else.
+In the background, what is written is a copy in host memory, and a later round completes the checkpoint.
+"""
+
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resist_ds import storage
+from resist_ds.checkpoint import (
+    GROUPS,
+    STATE,
+    State,
+    Statistics,
+    all_specs,
+    as_json,
+    folder_name,
+    index_name,
+    newest_first,
+    shard_name,
+    statistics_names,
+)
+from resist_ds.comm import Comm
+from resist_ds.errors import DamagedError
+from resist_ds.folder import PARTIAL, REPLACED
+from resist_ds.models import Blueprint
+from resist_ds.storage import Entry, Spec
+from resist_ds.subnet import OptimizerState
+from resist_ds.workers import StateDict
+
+Tensors = dict[str, dict[str, Tensor]]  # {group: {name: tensor}}
+
+
+@dataclass
+class Written:
+    """What a rank reports: its files and what they hold, or why there are none."""
+
+    files: dict[str, Entry] = field(default_factory=dict)
+    names: dict[str, dict[str, str]] = field(default_factory=dict)  # {group: {name: file}}
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended.
+
+    Attributes:
+        round: of the checkpoint.
+        seconds: from its begin to its end, in the background or not.
+        size: bytes of all files.
+        error: why there is no checkpoint, or None.
+    """
+
+    round: int
+    seconds: float
+    size: int
+    error: str | None
+
+
+class Saver:
+    """Writes checkpoints into a folder.
+
+    Args:
+        folder: shared by all machines.
+        optimizer: the optimizer state that is saved; none where momentum does not outlive a round.
+        keep: sound checkpoints that stay.
+        background: whether to write in a thread, from a copy.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        blueprint: Blueprint,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        optimizer: OptimizerState,
+        keep: int,
+        background: bool,
+    ):
+        self._comm = comm
+        self.optimizer = optimizer
+        self._specs = all_specs(blueprint, dtype, optimizer)
+        self._folder = folder
+        self._keep = keep
+        self.background = background
+        self._job: _Job | None = None
+        self.copies = 0  # bytes of the largest copy in host memory so far
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a checkpoint was begun that `settle` has not completed; the same on all ranks."""
+        return self._job is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write, so that `settle` need not wait for it."""
+        return self._job is None or self._job.thread is None or not self._job.thread.is_alive()
+
+    def start(self, state: State, owned: StateDict, statistics: Statistics) -> None:
+        """Begin a checkpoint; `settle` completes it. Collective: all ranks.
+
+        Args:
+            owned: the partitioned state dict of this rank's workers.
+            statistics: BatchNorm's, of the whole global model.
+        """
+        assert not self.in_flight
+        started = time.perf_counter()
+        partial, error = self._comm.gather(self._make_folder(state.round))[0]
+        tensors = _select(self._specs, owned, statistics)
+        self._job = job = _Job(state, partial, started, Written(error=error))
+        if error is not None:
+            return
+        try:
+            if self.background:
+                tensors = {
+                    group: {n: t.to("cpu", copy=True) for n, t in g.items()} for group, g in tensors.items()
+                }
+                self.copies = max(self.copies, sum(t.nbytes for g in tensors.values() for t in g.values()))
+        except (MemoryError, RuntimeError) as no_memory:  # the older checkpoints and the run are worth more
+            job.written.error = (
+                f"rank {self._comm.rank}: no host memory for a copy ({type(no_memory).__name__})"
+            )
+            return
+        if self.background:
+            job.thread = threading.Thread(target=self._write, args=(job, tensors), name="checkpoint")
+            job.thread.start()
+        else:
+            self._write(job, tensors)
+
+    def settle(self) -> Saved:
+        """Complete the checkpoint that was begun: wait for all ranks' files. Collective: all ranks."""
+        job = self._job
+        assert job is not None
+        if job.thread is not None:
+            job.thread.join()
+        everyone = self._comm.gather(job.written)
+        error = next((w.error for w in everyone if w.error), None)
+        if self._comm.rank == 0:
+            error = self._finish(job, everyone, error)
+        error = self._comm.gather(error)[0]
+        size = sum(entry.size for w in everyone for entry in w.files.values())
+        self._job = None
+        return Saved(job.state.round, time.perf_counter() - job.started, size, error)
+
+    def _make_folder(self, round: int) -> tuple[Path, str | None]:
+        """Rank 0 makes the partial folder; (where it is, error)."""
+        partial = self._folder / f"{PARTIAL}{folder_name(round)}-{secrets.token_hex(4)}"
+        if self._comm.rank == 0:
+            try:
+                new = not self._folder.exists()
+                partial.mkdir(parents=True)
+                if new:
+                    storage.sync_folder(self._folder.parent)
+            except OSError as error:
+                return partial, _reason(error, partial)
+        return partial, None
+
+    def _write(self, job: "_Job", tensors: Tensors) -> None:
+        """Write this rank's files; what goes wrong is reported by `settle`."""
+        rank, size = self._comm.rank, self._comm.size
+        try:
+            for group in GROUPS:
+                if not self._specs[group]:
+                    continue
+                name = shard_name(group, rank, size)
+                specs = {n: self._specs[group][n] for n in tensors[group]}
+                metadata = {"format": "pt"}
+                entry = storage.write_safetensors(job.partial / name, tensors[group].items(), specs, metadata)
+                job.written.files[name] = entry
+                job.written.names[group] = dict.fromkeys(specs, name)
+        except FileNotFoundError as error:
+            shared = ": --output_dir must be on a file system that all machines share" if rank else ""
+            job.written.error = f"rank {rank}: {_reason(error, job.partial)}{shared}"
+        except Exception as error:  # it must not leave the other ranks waiting
+            job.written.error = f"rank {rank}: {_reason(error, job.partial)}"
+
+    def _finish(self, job: "_Job", everyone: list[Written], error: str | None) -> str | None:
+        """On rank 0: put the folder in its place, or remove it; returns why there is no checkpoint."""
+        target = self._folder / folder_name(job.state.round)
+        if error is None:
+            try:
+                self._complete(job, everyone)
+                self._put(job.partial, target)
+            except Exception as failure:
+                error = _reason(failure, job.partial)
+        if error is not None:
+            shutil.rmtree(job.partial, ignore_errors=True)
+            return error
+        self._prune()
+        return None
+
+    def _complete(self, job: "_Job", everyone: list[Written]) -> None:
+        """Check that the ranks' files are the model, and add what only one rank writes."""
+        files = {name: entry for written in everyone for name, entry in written.files.items()}
+        for name, entry in files.items():
+            if (job.partial / name).stat().st_size != entry.size:  # not there: another machine's disk
+                raise OSError(f"{name} is not what its rank has written")
+        for group, specs in self._specs.items():
+            if not specs:
+                continue
+            where = {n: f for written in everyone for n, f in written.names[group].items()}
+            count = sum(len(written.names[group]) for written in everyone)
+            assert where.keys() == specs.keys() and count == len(specs), (
+                "the ranks' tensors are not the model's"
+            )
+            size = sum(_bytes(spec) for spec in specs.values())
+            content = {"metadata": {"total_size": size}, "weight_map": {n: where[n] for n in specs}}
+            files[index_name(group)] = storage.write_json(job.partial / index_name(group), content)
+        files[STATE] = storage.write_json(job.partial / STATE, as_json(job.state))
+        storage.seal(job.partial, files)
+        storage.sync_folder(job.partial)
+
+    def _put(self, partial: Path, target: Path) -> None:
+        """Rename; a checkpoint of the same round, which was damaged or is the same, makes way."""
+        replaced = self._folder / f"{REPLACED}{target.name}-{secrets.token_hex(4)}"
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+        storage.sync_folder(self._folder)
+        if replaced.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+    def _prune(self) -> None:
+        """Remove what is older than the newest `keep` checkpoints that are whole; damaged ones count not."""
+        whole = 0
+        for path in newest_first(self._folder):
+            if whole >= self._keep:
+                gone = self._folder / f"{REPLACED}{path.name}-{secrets.token_hex(4)}"
+                with suppress(OSError):  # renamed first: a checkpoint is never there in part
+                    path.rename(gone)
+                    shutil.rmtree(gone)
+                continue
+            with suppress(DamagedError, OSError):
+                storage.check_listing(path)
+                whole += 1
+
+
+@dataclass
+class _Job:
+    """A checkpoint on its way."""
+
+    state: State
+    partial: Path
+    started: float
+    written: Written
+    thread: threading.Thread | None = None
+
+
+def _select(specs: Mapping[str, Mapping[str, Spec]], owned: StateDict, statistics: Statistics) -> Tensors:
+    """The tensors that this rank writes; a BatchNorm's statistics go with its weight."""
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, Tensor] = {}
+    for name, tensors in owned.items():
+        model[name] = tensors["parameter"]
+        optimizer |= {
+            f"{name}.{kind}": t for kind, t in tensors.items() if f"{name}.{kind}" in specs["optimizer"]
+        }
+    model |= {
+        n: t for n, t in _buffers(specs["model"], statistics) if n.rpartition(".")[0] + ".weight" in owned
+    }
+    return {"model": model, "optimizer": optimizer}
+
+
+def _buffers(specs: Mapping[str, Spec], statistics: Statistics) -> Iterator[tuple[str, Tensor]]:
+    for norm, values in statistics.items():
+        *names, count = statistics_names(norm)
+        for name, value in zip(names, values, strict=True):
+            yield name, value.to(specs[name].dtype)
+        yield count, torch.zeros((), dtype=specs[count].dtype)
+
+
+def _bytes(spec: Spec) -> int:
+    return spec.dtype.itemsize * int(torch.Size(spec.shape).numel())
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """What went wrong, and in which file."""
+    if isinstance(error, OSError) and error.strerror:
+        name = os.path.basename(error.filename) if error.filename else folder.name
+        return f"{error.strerror} ({name})"
+    return f"{type(error).__name__}: {error}"
