@@ -3,9 +3,12 @@
 import contextlib
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from resist_ds.errors import RunError
 
 GIB = 1 << 30
 
@@ -31,6 +34,22 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
         peak = _resident_peak()
         return peak, peak
+
+
+@contextlib.contextmanager
+def one_line_when_out(device: torch.device, rank: int) -> Iterator[None]:
+    """A `RunError` when memory runs out. (A CPU's is a RuntimeError without a class of its own.)"""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not out and "can't allocate memory" not in str(error):
+            raise
+        raise RunError(
+            f"out of memory on {device} of rank {rank}: more --workers hold fewer "
+            "blocks each; or lower --batch_size, raise --accumulation_steps, or add "
+            "--activation_checkpointing"
+        ) from error
 
 
 def _resident_peak() -> int:

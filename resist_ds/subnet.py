@@ -39,6 +39,11 @@ class OptimizerState:
             return cls(("exp_avg", "exp_avg_sq"), "step")
         return cls(("momentum_buffer",) if config.momentum else ())
 
+    @classmethod
+    def carried(cls, config: Config) -> "OptimizerState":
+        """What of it outlives a round: nothing under `--optimizer_state reset`."""
+        return cls.of(config) if config.optimizer_state == "travel" else cls(())
+
 
 @dataclass(frozen=True)
 class PartLayout:

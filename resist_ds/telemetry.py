@@ -23,13 +23,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from resist_ds.checkpoint import State
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.errors import UserError
 from resist_ds.local import Tally
 from resist_ds.memory import GIB, PeakMemory
 from resist_ds.saver import Saved
+from resist_ds.start import Start
 
 PHASES = ("local", "sync", "eval", "save")
 
@@ -159,16 +159,16 @@ class Totals:
 class Telemetry:
     """Writes records on rank 0, counts totals on all. Use as a context."""
 
-    def __init__(self, comm: Comm, config: Config, rounds: int, path: Path, resumed: State | None = None):
+    def __init__(self, comm: Comm, config: Config, rounds: int, path: Path, start: Start):
         """
         Args:
             path: of metrics.jsonl, whose folder exists.
-            resumed: the state that the run goes on from; its records are continued.
+            start: what the run begins from; the records of a run that goes on are continued.
         """
         self._main = comm.rank == 0
         self._config = config
         self._path = path
-        self._resumed = resumed
+        self._start = start
         self._file: TextIO | None = None
         self._accelerator: Accelerator | None = None
         self._bar: tqdm[Any] | None = None
@@ -176,7 +176,7 @@ class Telemetry:
         self._comm = comm
         self._last: dict[str, Any] = {}
         self._shown: dict[str, str] = {}
-        self.totals = Totals(**resumed.totals) if resumed else Totals()
+        self.totals = Totals(**start.state.totals) if start.state else Totals()
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Open the run's files and its tracker, on every rank; no communication.
@@ -196,14 +196,14 @@ class Telemetry:
         assert accelerator.num_processes == self._comm.size, (accelerator.num_processes, self._comm.size)
         if self._main:
             try:
-                self._file = self._path.open("a" if self._resumed else "w", buffering=1)
+                self._file = self._path.open("a" if self._start.here else "w", buffering=1)
             except OSError as error:
                 raise UserError(
                     f"--output_dir {config.output_dir} cannot be written to ({error.strerror}): "
                     "type another folder"
                 ) from None
             if config.progress:
-                done = self._resumed.round if self._resumed else 0
+                done = self._start.position.round
                 self._bar = tqdm(
                     total=self._rounds, initial=done, unit="round", dynamic_ncols=True, disable=None
                 )

@@ -5,31 +5,30 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resist_ds import report, resume
-from resist_ds.checkpoint import Checkpoint, State, Statistics, config_hash, config_to_keep, versions
+from resist_ds import report
+from resist_ds.checkpoint import State, config_hash, config_to_keep, versions
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data, download, load_data
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
 from resist_ds.evaluate import Evaluation, Result
 from resist_ds.folder import RunFolder
-from resist_ds.initial import Initialisation, Pretrained
 from resist_ds.local import Tally, autocast, is_finite, learning_rate, local_steps
+from resist_ds.memory import one_line_when_out
 from resist_ds.models import Blueprint
 from resist_ds.order import Order, Position
 from resist_ds.partition import Layout, Partition, sample_partition
 from resist_ds.saver import Saver
 from resist_ds.signals import Signals
+from resist_ds.start import Start
 from resist_ds.subnet import OptimizerState
 from resist_ds.sync import Synchroniser
 from resist_ds.telemetry import Meter, Telemetry
@@ -83,12 +82,14 @@ class Trainer:
         self.comm = comm
         self.folder = RunFolder(config.output_dir)
         comm.agree(lambda: self.folder.take() if comm.rank == 0 else None)
-        checkpoint, self.remarks = resume.choose(comm, config, self.folder)
-        self.resumed = checkpoint.state if checkpoint else None
-        self.resumed_here = checkpoint is not None and self.folder.holds(checkpoint.folder)
-        self.start = self.resumed.position if self.resumed else Position()
-        self.config = config = self._with_threads(config)
+        self.start = start = Start(comm, config, self.folder)
+        # Launchers differ in the thread counts that they set, and on a CPU results differ with these.
+        self.config = config = replace(config, cpu_threads=start.threads(comm.local_size))
+        torch.set_num_threads(config.cpu_threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)  # where it is unset, accelerate sets another
+        torch.backends.cudnn.benchmark = True  # shapes never change
 
+        self.layout = Layout(start.workers(comm.size), comm.size)
         self.data = self._load_data()
         self.blueprint = comm.agree(lambda: Blueprint(config.model, self.data.num_classes))
         if config.min_blocks > self.blueprint.pool:
@@ -96,28 +97,25 @@ class Trainer:
                 f"--min_blocks {config.min_blocks} is more than {config.model} has: "
                 f"type at most {self.blueprint.pool}, its pool blocks"
             )
-        if self.resumed:
-            resume.check(self.options, config.overridden, self.resumed, self.data.train_size)
-        self.layout = Layout(self._number_of_workers(), comm.size)
+        start.check(self.options, self.data.train_size)
         self.order = Order(
-            config.seed, self.data.train_size, self.layout.workers, config.batch_size, self.start
+            config.seed, self.data.train_size, self.layout.workers, config.batch_size, start.position
         )
         self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
 
-        self.deal = self.partition(self.start.round)
-        self.workers = comm.agree(partial(self._place_workers, checkpoint))
-        self.statistics = self._statistics(checkpoint)
-        self.statistics_round = self.resumed.statistics_round if self.resumed else None
-        if checkpoint:
-            checkpoint.close()
-        travel = config.optimizer_state == "travel"
+        self.deal = self.partition(start.position.round)
+        self.workers = comm.agree(self._place_workers)
+        dtype = getattr(torch, config.dtype)
+        self.statistics = comm.agree(lambda: start.statistics(self.blueprint, dtype))
+        self.statistics_round = start.state.statistics_round if start.state else None
+        start.close()
         self.sync = Synchroniser(
             comm,
             self.layout,
             self.workers.layout,
             self.blueprint.pool,
             budget=config.transit_mib << 20,
-            travel=travel,
+            travel=config.optimizer_state == "travel",
         )
         self.evaluation = Evaluation(comm, self.layout, self.blueprint, self.data, config)
         on_gpu = comm.device.type == "cuda"
@@ -125,8 +123,8 @@ class Trainer:
             comm,
             self.blueprint,
             self.folder.checkpoints,
-            dtype=getattr(torch, config.dtype),
-            optimizer=OptimizerState.of(config) if travel else OptimizerState(()),
+            dtype=dtype,
+            optimizer=OptimizerState.carried(config),
             keep=config.keep,
             background=on_gpu if config.checkpoint_async is None else config.checkpoint_async,
         )
@@ -145,21 +143,23 @@ class Trainer:
             NotFiniteError: a worker met NaN or Inf under `--on_nan stop`.
         """
         job = report.Job(self.config, self.comm, self.layout, self.blueprint, self.data, self.rounds)
-        if self.start.round >= self.rounds:
+        if self.start.position.round >= self.rounds:
             if self.comm.rank == 0:
-                print(f"nothing to do: the run is complete (round {self.start.round} of {self.rounds})")
+                print(
+                    f"nothing to do: the run is complete (round {self.start.position.round} of {self.rounds})"
+                )
             return None
         self.comm.agree(lambda: self._tidy_folder() if self.comm.rank == 0 else None)
-        telemetry = Telemetry(self.comm, self.config, self.rounds, self.folder.metrics, self.resumed)
+        telemetry = Telemetry(self.comm, self.config, self.rounds, self.folder.metrics, self.start)
         with telemetry:
             self.comm.agree(lambda: telemetry.open(job.settings()))
             telemetry.say(report.opening(job, self.deal))
-            for remark in self.remarks:
+            for remark in self.start.remarks:
                 telemetry.warn(remark)
             batches = self._batches()
             if signals:
                 signals.defer()
-            for round in range(self.start.round, self.rounds):
+            for round in range(self.start.position.round, self.rounds):
                 trained, self.deal = self.deal, self.partition(round + 1)
                 with self.meter.phase("local"):
                     reports = self.comm.collect(partial(self._local_steps, round, batches, signals))
@@ -197,92 +197,21 @@ class Trainer:
         classes, size = self.data.num_classes, self.data.img_size
         return config_to_keep(replace(self.config, num_classes=classes, img_size=size))
 
-    def _with_threads(self, config: Config) -> Config:
-        """The config with a fixed number of CPU threads, which is in force from here on.
-
-        Launchers differ in the thread counts that they set, and on a CPU results differ with these.
-        """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = config.cpu_threads or max(1, cores // self.comm.local_size)
-        before = self.resumed.cpu_threads if self.resumed else threads
-        if threads != before and not config.cpu_threads and before <= cores:
-            threads = before
-        if threads != before and self.comm.device.type == "cpu":
-            self.remarks += (f"{threads} CPU threads per rank, and {before} before: last bits will differ",)
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is unset, accelerate sets another
-        torch.backends.cudnn.benchmark = True  # shapes never change
-        return replace(config, cpu_threads=threads)
-
-    def _number_of_workers(self) -> int:
-        """W: what was asked for, the resumed run's, or one per rank."""
-        ranks = self.comm.size
-        before = self.resumed.workers if self.resumed else 0
-        workers = self.config.workers or before or (ranks if ranks > 1 else 4)
-        if workers < ranks:
-            name = f"--workers {workers}" if self.config.workers else f"the checkpoint's --workers {workers}"
-            raise UserError(
-                f"{name} is less than the {ranks} ranks: type --workers {ranks} or more, or start fewer ranks"
-            )
-        return workers
-
-    def _place_workers(self, checkpoint: Checkpoint | None) -> Workers:
-        """This rank's workers with their first values: a checkpoint's, a file's, or timm's."""
-        config, blueprint = self.config, self.blueprint
-        source: Checkpoint | Pretrained | Initialisation
-        if checkpoint:
-            source = checkpoint
-        elif config.from_pretrained:
-            source = Pretrained(
-                Path(config.from_pretrained).expanduser(), blueprint, config.seed, self.deal.scale
-            )
-            if source.renewed:
-                self.remarks += (f"{', '.join(source.renewed)} start anew: their size is another one",)
-        else:
-            source = Initialisation(blueprint, config.seed)
-        with self._within_memory():
+    def _place_workers(self) -> Workers:
+        config, blueprint, state = self.config, self.blueprint, self.start.state
+        source = self.start.source(blueprint, self.deal.scale)
+        with one_line_when_out(self.comm.device, self.comm.rank):
             workers = Workers(self.comm, self.layout, blueprint, config, self.deal, source)
-        if self.resumed and self.resumed.loss_scales:
-            # Another number of workers starts from the most careful scale.
-            scales = self.resumed.loss_scales
-            least = min(scales, key=lambda scale: scale["scale"])
-            same = len(scales) == self.layout.workers
-            workers.set_loss_scales(scales if same else [least] * self.layout.workers)
+        if state and state.loss_scales:
+            workers.set_loss_scales(state.loss_scales)
         return workers
-
-    def _statistics(self, checkpoint: Checkpoint | None) -> Statistics:
-        """BatchNorm's statistics before the first evaluation: the checkpoint's, or timm's initial ones."""
-        if checkpoint:
-            return self.comm.agree(checkpoint.statistics)
-        dtype = getattr(torch, self.config.dtype)
-        return {
-            n: (torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype))
-            for n, size in self.blueprint.norms
-        }
 
     def _tidy_folder(self) -> None:
         """On rank 0: records that will be written again are cut, an earlier run's files are set aside."""
-        if self.resumed and self.resumed_here:
-            self.folder.cut_metrics(self.start.round)
-            return
-        place = self.folder.set_aside()
-        if place:
-            self.remarks += (f"the records and checkpoints of an earlier run are now in {place}",)
-
-    @contextmanager
-    def _within_memory(self) -> Iterator[None]:
-        """One line when memory runs out. (A CPU's is a RuntimeError without a class of its own.)"""
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            out = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not out and "can't allocate memory" not in str(error):
-                raise
-            raise RunError(
-                f"out of memory on {self.comm.device} of rank {self.comm.rank}: more --workers hold fewer "
-                "blocks each; or lower --batch_size, raise --accumulation_steps, or add "
-                "--activation_checkpointing"
-            ) from error
+        if self.start.here:
+            self.folder.cut_metrics(self.start.position.round)
+        elif place := self.folder.set_aside():
+            self.start.remarks.append(f"the records and checkpoints of an earlier run are now in {place}")
 
     def _load_data(self) -> Data:
         """The data set, fetched first where that is allowed. Collective: all ranks."""
@@ -296,8 +225,8 @@ class Trainer:
 
         def schedule() -> Iterator[tuple[int, np.ndarray]]:
             steps = self.config.local_steps
-            for round in range(self.start.round, self.rounds):
-                first = self.order.after(round - self.start.round, steps).step
+            for round in range(self.start.position.round, self.rounds):
+                first = self.order.after(round - self.start.position.round, steps).step
                 for worker in self.layout.workers_of(self.comm.rank):
                     for step in range(first, first + steps):
                         yield self.order.batch(step, worker)
@@ -313,7 +242,7 @@ class Trainer:
         spoilt: dict[int, str] = {}
         rates = self._learning_rates(round)
         try:
-            with self._within_memory():
+            with one_line_when_out(self.comm.device, self.comm.rank):
                 for worker in self.workers.turns():
                     tally = local_steps(self.workers.subnet, worker, batches, rates=rates, config=config)
                     where = self._spoilt(round, tally, worker)
@@ -448,7 +377,7 @@ class Trainer:
 
     def _after(self, round: int) -> Position:
         """Where the run is when `round` is done."""
-        return self.order.after(round + 1 - self.start.round, self.config.local_steps)
+        return self.order.after(round + 1 - self.start.position.round, self.config.local_steps)
 
     def _learning_rates(self, round: int) -> list[float]:
         """Learning rate of each local step of a round."""

@@ -63,6 +63,7 @@ class Workers:
     ):
         self._blueprint = blueprint
         self._config = config
+        self._number = layout.workers
         self.subnet = self._subnet(comm.device, deal.slots)
         mine = layout.workers_of(comm.rank)
         fp16 = config.mixed_precision == "fp16"
@@ -109,9 +110,11 @@ class Workers:
         return {w.index: w.scaler.state_dict() for w in self._workers if w.scaler.is_enabled()}
 
     def set_loss_scales(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on with these loss scales, one per worker."""
+        """Go on with the loss scales of a run; if it had another number of workers, with its smallest."""
+        least = min(states, key=lambda state: state["scale"])
         for worker in self._workers:
-            worker.scaler.load_state_dict(states[worker.index])
+            same = len(states) == self._number
+            worker.scaler.load_state_dict(states[worker.index] if same else least)
 
     def reset_optimizer(self) -> None:
         """Forget momentum, as the release does at every re-partition (`--optimizer_state reset`)."""

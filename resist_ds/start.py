@@ -1,0 +1,199 @@
+"""What a run begins from: nothing, a file of weights, or a checkpoint; and whether that is this run's."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resist_ds.checkpoint import Checkpoint, State, Statistics, newest_first
+from resist_ds.comm import Comm
+from resist_ds.config import SHAPING, Config
+from resist_ds.errors import DamagedError, RunError, UserError
+from resist_ds.folder import RunFolder
+from resist_ds.initial import Initialisation, Pretrained, Source
+from resist_ds.models import Blueprint
+from resist_ds.order import Position
+from resist_ds.storage import MANIFEST
+from resist_ds.subnet import OptimizerState
+
+_NOT_TO_CHANGE = ("model", "num_classes")  # a checkpoint's tensors have the shapes that these give them
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What rank 0 has chosen.
+
+    Attributes:
+        path: of the checkpoint, or None.
+        seal: hash of its manifest, by which the other ranks know that they see the same one.
+        remarks: what the user should know about the choice.
+    """
+
+    path: Path | None = None
+    seal: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+class Start:
+    """What `--resume` and `--from_pretrained` mean for this run. Collective: all ranks.
+
+    Attributes:
+        state: of the checkpoint that the run goes on from, or None.
+        here: whether that is in the run's own folder, so that its records are continued.
+        position: where the run begins.
+        remarks: what the user should know.
+    """
+
+    def __init__(self, comm: Comm, config: Config, folder: RunFolder):
+        choice = comm.collect(lambda: _choose(config, folder) if comm.rank == 0 else Choice())[0]
+        self._config = config
+        self._checkpoint = comm.agree(lambda: _see(comm.rank, choice)) if choice.path else None
+        self.state = self._checkpoint.state if self._checkpoint else None
+        self.here = choice.path is not None and folder.holds(choice.path)
+        self.position = self.state.position if self.state else Position()
+        self.remarks = list(choice.remarks)
+
+    def threads(self, local_ranks: int) -> int:
+        """CPU threads per rank: what was asked for, the resumed run's, or a share of the cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = self._config.cpu_threads or max(1, cores // local_ranks)
+        before = self.state.cpu_threads if self.state else threads
+        if not self._config.cpu_threads and before <= cores:
+            threads = before
+        if threads != before:
+            self.remarks.append(
+                f"{threads} CPU threads per rank and not {before}: last bits will differ on a CPU"
+            )
+        return threads
+
+    def workers(self, ranks: int) -> int:
+        """W: what was asked for, the resumed run's, or one per rank. Raises `UserError` if it is below R."""
+        asked, before = self._config.workers, self.state.workers if self.state else None
+        workers = asked or before or (ranks if ranks > 1 else 4)
+        if workers < ranks:
+            whose = "" if asked else " of the checkpoint"
+            raise UserError(
+                f"--workers {workers}{whose} is less than the {ranks} ranks: "
+                f"type --workers {ranks} or more, or start fewer ranks"
+            )
+        return workers
+
+    def check(self, options: Mapping[str, Any], train_size: int) -> None:
+        """Refuse to go on with other options than the checkpoint's run had, field by field.
+
+        Args:
+            options: this run's, with the data set's values in place of nulls.
+
+        Raises:
+            UserError: an option that shapes training differs and `--override` does not name it.
+        """
+        if self._checkpoint is not None:
+            _check(options, self._config.overridden, self._checkpoint.state, train_size)
+            if OptimizerState.carried(self._config) != self._checkpoint.optimizer:
+                self.remarks.append("optimizer state that the checkpoint lacks starts at zero")
+
+    def source(self, blueprint: Blueprint, scale: float) -> Source:
+        """The workers' first values.
+
+        Args:
+            scale: K/P of the first round.
+        """
+        config = self._config
+        if self._checkpoint:
+            return self._checkpoint
+        if not config.from_pretrained:
+            return Initialisation(blueprint, config.seed)
+        path = Path(config.from_pretrained).expanduser()
+        pretrained = Pretrained(path, blueprint, config.seed, scale)
+        if pretrained.renewed:
+            self.remarks.append(
+                f"{' and '.join(pretrained.renewed)} start anew: the file's head has another size"
+            )
+        return pretrained
+
+    def statistics(self, blueprint: Blueprint, dtype: torch.dtype) -> Statistics:
+        """BatchNorm's statistics until the first evaluation: the checkpoint's, or timm's initial ones."""
+        if self._checkpoint:
+            return self._checkpoint.statistics()
+        sizes = dict(blueprint.norms)
+        return {
+            n: (torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)) for n, size in sizes.items()
+        }
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        if self._checkpoint:
+            self._checkpoint.close()
+
+
+def _see(rank: int, choice: Choice) -> Checkpoint:
+    """Open the checkpoint that rank 0 has verified, if this rank sees the same one."""
+    assert choice.path is not None
+    if _seal(choice.path) != choice.seal:
+        raise RunError(
+            f"rank {rank} does not see the checkpoint {choice.path} of rank 0: it must be on a file system "
+            "that all machines share"
+        )
+    return Checkpoint(choice.path)
+
+
+def _choose(config: Config, folder: RunFolder) -> Choice:
+    if config.resume == "never":
+        return Choice()
+    there = newest_first(folder.checkpoints)
+    if config.resume != "auto":
+        path = Path(config.resume).expanduser()
+        Checkpoint.verified(path).close()
+        if path.resolve() in [other.resolve() for other in there[1:]]:  # a later auto would take the newest
+            raise UserError(
+                f"--resume {config.resume}: {there[0]} is newer; type --resume auto, or another --output_dir "
+                "to branch off"
+            )
+        return Choice(path, _seal(path))
+    remarks: list[str] = []
+    for path in there:
+        try:
+            Checkpoint.verified(path).close()
+            return Choice(path, _seal(path), tuple(remarks))
+        except DamagedError as error:
+            remarks.append(f"{error}; trying the checkpoint before it")
+    if remarks:
+        remarks.append("no checkpoint is sound: starting afresh")
+    return Choice(remarks=tuple(remarks))
+
+
+def _check(config: Mapping[str, Any], overridden: tuple[str, ...], state: State, train_size: int) -> None:
+    different = [name for name in SHAPING if config[name] != state.config[name]]
+    for name in _NOT_TO_CHANGE:
+        if name in different:
+            raise UserError(
+                f"--{name} is {config[name]}, and the checkpoint's is {state.config[name]}: type that, "
+                "or start from an export of it, by --from_pretrained"
+            )
+    refused = [name for name in different if name not in overridden]
+    if refused:
+        fields = ", ".join(f"--{n} is {_shown(config[n])} and was {_shown(state.config[n])}" for n in refused)
+        raise UserError(
+            f"the checkpoint's run had other options: {fields}; type the old ones, or --override "
+            f"{','.join((*overridden, *refused))}"
+        )
+    if train_size != state.train_size and "dataset" not in overridden:
+        raise UserError(
+            f"the training set has {train_size} images, and {state.train_size} in the checkpoint's run: "
+            "type the old --data_dir, or --override dataset"
+        )
+
+
+def _shown(value: object) -> object:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
+def _seal(path: Path) -> str:
+    try:
+        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return ""
