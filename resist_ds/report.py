@@ -17,6 +17,7 @@ from resist_ds.data import Data
 from resist_ds.memory import GIB
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, Partition, elements_sent, sample_partition, slots_for
+from resist_ds.start import Start
 from resist_ds.subnet import StateLayout
 from resist_ds.telemetry import PHASES, Totals
 
@@ -64,8 +65,8 @@ class Job:
         )
 
 
-def opening(job: Job, deal: Partition) -> str:
-    """What will happen: model and data, W, R and K, who plays what, the device; and hints."""
+def opening(job: Job, deal: Partition, start: Start) -> str:
+    """What will happen: model and data, W, R and K, who plays what, the device, the start; and hints."""
     config, comm, layout, blueprint, data = job.config, job.comm, job.layout, job.blueprint, job.data
     pool, workers = blueprint.pool, layout.workers
     slots = slots_for(workers, pool, config.min_blocks)
@@ -83,7 +84,9 @@ def opening(job: Job, deal: Partition) -> str:
         f"{'exchange over ' + comm.backend if comm.size > 1 else 'nothing to send'}",
         f"{job.rounds} rounds of {config.local_steps} local steps × {config.batch_size} images per worker",
     ]
-    if config.warmup_rounds:
+    if start.folder:
+        lines.append(f"goes on from {start.folder}: {start.position.round} rounds are done")
+    if config.warmup_rounds > start.position.round:
         lines.append(
             f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model"
         )

@@ -42,7 +42,7 @@ class Start:
     """What `--resume` and `--from_pretrained` mean for this run. Collective: all ranks.
 
     Attributes:
-        state: of the checkpoint that the run goes on from, or None.
+        folder, state: of the checkpoint that the run goes on from, or None.
         here: whether that is in the run's own folder, so that its records are continued.
         position: where the run begins.
         remarks: what the user should know.
@@ -52,6 +52,7 @@ class Start:
         choice = comm.collect(lambda: _choose(config, folder) if comm.rank == 0 else Choice())[0]
         self._config = config
         self._checkpoint = comm.agree(lambda: _see(comm.rank, choice)) if choice.path else None
+        self.folder = choice.path
         self.state = self._checkpoint.state if self._checkpoint else None
         self.here = choice.path is not None and folder.holds(choice.path)
         self.position = self.state.position if self.state else Position()

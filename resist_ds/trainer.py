@@ -153,7 +153,7 @@ class Trainer:
         telemetry = Telemetry(self.comm, self.config, self.rounds, self.folder.metrics, self.start)
         with telemetry:
             self.comm.agree(lambda: telemetry.open(job.settings()))
-            telemetry.say(report.opening(job, self.deal))
+            telemetry.say(report.opening(job, self.deal, self.start))
             for remark in self.start.remarks:
                 telemetry.warn(remark)
             batches = self._batches()
