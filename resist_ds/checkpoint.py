@@ -15,12 +15,14 @@ import hashlib
 import json
 import math
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -99,9 +101,25 @@ class State:
                 raise DamagedError(
                     f"{path} is of format {content['format']}, and this version of resist_ds reads {FORMAT}"
                 )
-            return cls(**content)
-        except (KeyError, TypeError) as error:
-            raise DamagedError(f"{path} is no state of a run: {error}") from None
+            state = cls(**content)
+            sound = _is_of_types(state) and config_hash(state.config) == state.config_hash
+            sound = sound and set(state.optimizer) == {"vectors", "counter"}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedError(f"{path} is no state of a run: {type(error).__name__} {error}") from None
+        if not sound:
+            raise DamagedError(f"{path} is damaged: its fields do not fit each other")
+        return state
+
+
+def _is_of_types(state: State) -> bool:
+    """Whether the fields hold what their annotations say."""
+    hints = typing.get_type_hints(State)
+    for field in fields(State):
+        kinds = typing.get_args(hints[field.name]) if isinstance(hints[field.name], UnionType) else ()
+        allowed = tuple(typing.get_origin(kind) or kind for kind in kinds or (hints[field.name],))
+        if not isinstance(getattr(state, field.name), (*allowed, int) if float in allowed else allowed):
+            return False
+    return True
 
 
 def config_to_keep(config: Config) -> dict[str, Any]:
@@ -199,8 +217,6 @@ class Checkpoint:
             raise DamagedError(
                 f"{folder / STATE} is of round {checkpoint.state.round}, its folder is called {folder.name}"
             )
-        if config_hash(checkpoint.state.config) != checkpoint.state.config_hash:
-            raise DamagedError(f"{folder / STATE}: config_hash is not that of config")
         used = {STATE}
         for group, expected in checkpoint.specs.items():
             used |= checkpoint._check_group(group, expected, files)
