@@ -29,8 +29,9 @@ def _rank(
     function: Callable[..., Any], rank: int, size: int, store: str, results: Any, args: tuple[Any, ...]
 ) -> None:
     """The life of one rank."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    if size > 1:  # one rank is started as by plain python, without a launcher's variables
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     faulthandler.dump_traceback_later(HANGS, exit=False)  # so that a hang says where it is
     from resist_ds.comm import Comm
 

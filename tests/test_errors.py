@@ -48,9 +48,6 @@ class Outcome(NamedTuple):
 
 def outcome(comm: Comm, folder: Path, options: dict[str, Any], sabotage: str | None = None) -> Outcome:
     """What `train.py` does on this rank once its options are parsed."""
-    if comm.size == 1:  # as under plain python, where accelerate finds no launcher
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            del os.environ[name]
     if sabotage and comm.rank == comm.size - 1:
         SABOTAGE[sabotage]()
     trainer.Comm = lambda: comm  # type: ignore[assignment,misc]
