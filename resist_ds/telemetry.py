@@ -267,11 +267,11 @@ class Telemetry:
         self._record("eval", metrics)
         self._shown["test"] = f"{100 * accuracy:.2f}%"
 
-    def checkpoint(self, saved: Saved) -> None:
+    def checkpoint(self, position: Mapping[str, Any], ranks: Sequence[Figures], saved: Saved) -> None:
         """A checkpoint is complete."""
-        self._record(
-            "checkpoint", {"round": saved.round, "perf/save_s": saved.seconds, "save/bytes": saved.size}
-        )
+        self.totals.add(ranks)
+        saving = {"perf/save_s": saved.seconds, "save/bytes": saved.size}
+        self._record("checkpoint", {**position, **saving, **memory_metrics(ranks)})
 
     def sync(self) -> None:
         """Have the records so far on the disk, as a checkpoint is about to rely on them."""

@@ -26,7 +26,7 @@ from resist_ds.memory import one_line_when_out
 from resist_ds.models import Blueprint
 from resist_ds.order import Order, Position
 from resist_ds.partition import Layout, Partition, sample_partition
-from resist_ds.saver import Saver
+from resist_ds.saver import Saved, Saver
 from resist_ds.signals import Signals
 from resist_ds.start import Start
 from resist_ds.subnet import OptimizerState
@@ -346,20 +346,23 @@ class Trainer:
             config_hash=config_hash(self.options),
             versions=versions(),
         )
+        self._last_save = time.monotonic()
         with self.meter.phase("save"):
             self.saver.start(state, self.workers.owned(self.deal), self.statistics)
-        telemetry.totals.add(self.comm.gather(self.meter.take()))
-        self._last_save = time.monotonic()
-        if wait or not self.saver.background:
-            self._settle(telemetry)
+            saved = self.saver.settle() if wait or not self.saver.background else None
+        self._saving = self._axes(round, trained), self.comm.gather(self.meter.take())
+        if saved is not None:
+            self._tell(saved, telemetry)
 
     def _settle(self, telemetry: Telemetry) -> None:
         """Complete a checkpoint in flight, if there is one. Collective: all ranks."""
-        if not self.saver.in_flight:
-            return
-        saved = self.saver.settle()
+        if self.saver.in_flight:
+            self._tell(self.saver.settle(), telemetry)
+
+    def _tell(self, saved: Saved, telemetry: Telemetry) -> None:
+        """Record how a save ended; raise `RunError` where the run must not go on without it."""
         if saved.error is None:
-            telemetry.checkpoint(saved)
+            telemetry.checkpoint(*self._saving, saved)
             return
         said = (
             f"the checkpoint of round {saved.round} was not written ({saved.error}); older ones are as before"

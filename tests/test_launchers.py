@@ -163,12 +163,22 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
 def trained(finished: Finished, ranks: int) -> list[dict[str, Any]]:
     """A run's metrics without what may differ between launchers: times, memory, and where it was written."""
     assert finished.code == 0, finished.stdout + finished.stderr
-    assert [m["kind"] for m in finished.metrics] == ["round", "round", "eval", "round", "eval", "summary"]
+    kinds = ["round", "round", "eval", "round", "eval", "checkpoint", "summary"]
+    assert [m["kind"] for m in finished.metrics] == kinds
     assert finished.metrics[-1]["settings"]["R"] == ranks
     kept = []
     for metrics in finished.metrics:
         settings = {k: v for k, v in metrics.pop("settings", {}).items() if k != "output_dir"}
-        timed = ("perf/", "mem/peak", "mem/local", "mem/sync", "mem/eval", "mem/reserved")
+        timed = (
+            "perf/",
+            "mem/peak",
+            "mem/local",
+            "mem/sync",
+            "mem/eval",
+            "mem/save",
+            "mem/reserved",
+            "save/",
+        )
         kept.append({k: v for k, v in metrics.items() if not k.startswith(timed)} | settings)
         metrics["settings"] = settings
     return kept

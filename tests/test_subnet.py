@@ -233,7 +233,8 @@ def plain_loop(net, optimizer, config, data, rates):
 def run_steps(subnet, config, data, *, first=0, steps=100, scaler=None):
     worker = SimpleNamespace(scaler=scaler or torch.amp.GradScaler("cpu", enabled=False))
     data = list(data)
-    return local_steps(subnet, worker, iter(data), first=first, count=len(data), steps=steps, config=config)
+    rates = [learning_rate(config, step, step / steps) for step in range(first, first + len(data))]
+    return local_steps(subnet, worker, iter(data), rates=rates, config=config)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_the_learning_rate_of_every_step_follows_the_schedule():
 
 def test_schedules():
     def rates(steps, **given):
-        return [learning_rate(options(**given), step, steps) for step in range(steps)]
+        return [learning_rate(options(**given), step, step / steps) for step in range(steps)]
 
     assert rates(8, schedule="step", lr=1.0) == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert rates(7, schedule="step", lr=1.0) == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01])
@@ -400,9 +401,7 @@ def vectors_after_training(config, deal, rank, ranks, steps=2):
     for round in range(2):
         for worker in workers.turns():
             data = list(batches(steps, seed=10 * worker.index + round))
-            local_steps(
-                workers.subnet, worker, iter(data), first=round * steps, count=steps, steps=9, config=config
-            )
+            local_steps(workers.subnet, worker, iter(data), rates=[config.lr] * steps, config=config)
     return {w: v.clone() for w, v in workers.vectors.items()}
 
 

@@ -21,6 +21,7 @@ from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.local import Tally
 from resist_ds.memory import GIB
+from resist_ds.order import Position
 from resist_ds.telemetry import Figures, Telemetry, round_metrics
 from resist_ds.trainer import Trainer
 from tests.conftest import Ranks, run_ranks
@@ -53,24 +54,18 @@ EVAL = {"eval/loss", "eval/accuracy", "perf/eval_s", "comm/bytes_eval", "comm/by
 BYTES = {"comm/bytes_round", "comm/bytes_total"}
 # What comes on top: the peak of each phase, what torch has reserved on a GPU, and the summary's own.
 EXTRA_ROUND = {"mem/local_gib", "mem/sync_gib", "mem/reserved_gib"}
+SAVE = {"perf/save_s", "save/bytes", "mem/save_gib"}
 EXTRA_EVAL = {"mem/eval_gib", "mem/reserved_gib"}
 KEYS = {
     "round": POSITION | MEMORY | TRAIN | BYTES | EXTRA_ROUND,
     "eval": POSITION | MEMORY | EVAL | EXTRA_EVAL,
 }
-KEYS["summary"] = KEYS["round"] | KEYS["eval"] | {"eval/best_accuracy", "settings"}
-
-
-def _as_launched(comm: Comm) -> None:
-    """On one rank as under plain python: accelerate finds no launcher's variables."""
-    if comm.size == 1:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
+KEYS["checkpoint"] = POSITION | MEMORY | SAVE | {"mem/reserved_gib"}
+KEYS["summary"] = KEYS["round"] | KEYS["eval"] | SAVE | {"eval/best_accuracy", "settings"}
 
 
 def train(comm: Comm, options: dict[str, Any]) -> str:
     """A run; returns what this rank printed."""
-    _as_launched(comm)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         Trainer(comm, Config(**options)).run()
     return printed.getvalue()
@@ -111,7 +106,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_one_line_per_round_evaluation_and_run(run: Run) -> None:
     kinds = [(r["kind"], r["round"]) for r in run.records]
-    assert kinds == [("round", 1), ("round", 2), ("eval", 2), ("round", 3), ("eval", 3), ("summary", 3)]
+    rounds = [("round", 1), ("round", 2), ("eval", 2), ("round", 3), ("eval", 3)]
+    assert kinds == [*rounds, ("checkpoint", 3), ("summary", 3)]
 
 
 @pytest.mark.parametrize("kind", KEYS)
@@ -132,7 +128,7 @@ def test_positions_follow_from_the_options(run: Run) -> None:
 
 def test_bytes_add_up(run: Run) -> None:
     total = 0
-    for record in run.records[:-1]:
+    for record in (r for r in run.records if r["kind"] in ("round", "eval")):
         moved = record["comm/bytes_round" if record["kind"] == "round" else "comm/bytes_eval"]
         assert moved > 0
         total += moved
@@ -156,11 +152,10 @@ def test_figures_of_training_are_means_over_the_images(run: Run) -> None:
 
 
 def test_peaks_are_of_the_largest_rank_and_phase(run: Run) -> None:
+    names = [f"mem/{phase}_gib" for phase in ("local", "sync", "eval", "save")]
     for record in run.records:
         peaks = [record[f"mem/peak_gib/rank{rank}"] for rank in range(R)]
-        phases = [
-            record[name] for name in ("mem/local_gib", "mem/sync_gib", "mem/eval_gib") if name in record
-        ]
+        phases = [record[name] for name in names if name in record]
         assert record["mem/peak_gib"] == max(peaks) == max(phases)
         assert min(peaks) > 0
 
@@ -183,8 +178,9 @@ def test_the_figures_of_all_ranks_become_one_line() -> None:
 
 
 def write_three_rounds(comm: Comm, options: dict[str, Any]) -> None:
-    _as_launched(comm)
-    with Telemetry(comm, Config(**options), rounds=3) as opened:
+    start = SimpleNamespace(state=None, here=False, position=Position())
+    path = Path(options["output_dir"]) / "metrics.jsonl"
+    with Telemetry(comm, Config(**options), 3, path, start) as opened:  # type: ignore[arg-type]
         opened.open({})
         for peak in (1, 5, 2):
             opened.round({}, [figures({0: Tally(1.0, 1, 1, 1.0)}, 1.0, peak * GIB)])
@@ -226,7 +222,7 @@ def test_parameters_held_of_a_known_model(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_diverged_run_writes_json_all_the_same(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(train, 1, OPTIONS | {"lr": 1e30, "output_dir": str(tmp_path)})
+    ranks(train, 1, OPTIONS | {"lr": 1e30, "on_nan": "skip", "output_dir": str(tmp_path)})
     assert [r["train/loss"] for r in records(tmp_path) if r["kind"] == "round"] == [None] * 3
 
 
@@ -258,7 +254,7 @@ def test_the_closing_table_has_a_row_per_worker(run: Run) -> None:
         assert f"{K} of {P}" in row
         assert f"{held / 1e6:.2f} M of {full / 1e6:.2f} M ({100 * held / full:.0f} %)" in row
         peaks = [float(gib) for gib in re.findall(r"([\d.]+) GiB", row)]
-        assert len(peaks) == 3 and int(words[-1]) > 0
+        assert len(peaks) == 4 and int(words[-1]) > 0
         assert max(peaks) == round(run.summary[f"mem/peak_gib/rank{rank}"], 2)
     assert not table[2 + W].lstrip()[0].isdigit()
 
@@ -281,14 +277,15 @@ def test_the_closing_lines_state_accuracy_and_bytes(run: Run) -> None:
 def opening(comm: Comm, options: dict[str, Any]) -> str:
     trainer = Trainer(comm, Config(**options))
     facts = (trainer.config, comm, trainer.layout, trainer.blueprint, trainer.data, trainer.rounds)
-    return report.opening(report.Job(*facts), trainer.deal)
+    return report.opening(report.Job(*facts), trainer.deal, trainer.start)
 
 
-def test_a_pool_too_small_to_partition_is_announced(ranks: Ranks) -> None:
-    (text,) = ranks(opening, 1, OPTIONS | {"model": "resnetv2_18", "workers": 2})
+def test_a_pool_too_small_to_partition_is_announced(ranks: Ranks, tmp_path: Path) -> None:
+    place = {"output_dir": str(tmp_path)}
+    (text,) = ranks(opening, 1, OPTIONS | place | {"model": "resnetv2_18", "workers": 2})
     assert "W = 2 workers on R = 1 rank, each with K = 1 of 1 pool blocks: 100 % of the parameters" in text
     assert "note: every worker holds the whole pool of 1, so nothing is partitioned (local SGD)" in text
-    (text,) = ranks(opening, 1, OPTIONS)
+    (text,) = ranks(opening, 1, OPTIONS | place)
     assert "note:" not in text
 
 
@@ -297,7 +294,8 @@ def test_a_pool_too_small_to_partition_is_announced(ranks: Ranks) -> None:
 
 
 def test_without_a_tracker_there_is_only_the_file(run: Run) -> None:
-    assert [path.name for path in run.folder.iterdir()] == ["metrics.jsonl"]
+    left = sorted(path.name for path in run.folder.iterdir())
+    assert left == ["checkpoints", "metrics.jsonl", "run.json", "run.lock"]  # nobody has released it here
 
 
 def train_with_wandb(comm: Comm, options: dict[str, Any], place: Path, port: int) -> str:
@@ -334,6 +332,8 @@ def test_wandb_is_one_offline_run_of_rank_0(ranks: Ranks, tmp_path: Path) -> Non
     for record in written[:-1]:  # the same names and values as in metrics.jsonl
         for name in set(record) - {"kind"}:
             assert name.encode() in content
+        if record["kind"] == "checkpoint":
+            continue
         loss = record["train/loss" if record["kind"] == "round" else "eval/loss"]
         assert repr(loss).encode() in content
     assert b"tiny" in content and b"optimizer_state" in content  # the run's name and its options
@@ -380,13 +380,14 @@ def test_a_tracker_that_fails_does_not_stop_the_run(fails_at: str, ranks: Ranks,
     assert printed[0].count("warning: wandb ") == 1
     assert "the line is dead" in printed[0]
     assert "global model: " in printed[0]
-    assert [r["kind"] for r in records(tmp_path)] == ["round", "round", "eval", "round", "eval", "summary"]
+    kinds = ["round", "round", "eval", "round", "eval", "checkpoint", "summary"]
+    assert [r["kind"] for r in records(tmp_path)] == kinds
 
 
 def threads_beside_accelerate(comm: Comm, options: dict[str, Any]) -> int:
     os.environ.pop("OMP_NUM_THREADS", None)  # as deepspeed and python leave it
-    config = Trainer(comm, Config(**options)).config
-    with Telemetry(comm, config, rounds=1) as opened:
+    trainer = Trainer(comm, Config(**options))
+    with Telemetry(comm, trainer.config, 1, trainer.folder.metrics, trainer.start) as opened:
         opened.open({})
     return torch.get_num_threads()
 
