@@ -55,6 +55,15 @@ def resist_test_wide(pretrained: bool = False, num_classes: int = 10, device: ob
     return timm.create_model("resnetv2_34", num_classes=num_classes, device=device, **shape)
 
 
+@register_model
+def resist_test_pre_bottleneck(
+    pretrained: bool = False, num_classes: int = 10, device: object = None, **_: object
+):
+    """A pre-activation net of bottleneck blocks with BatchNorm, as resnetv2_50, but narrow; P = 5."""
+    shape = {"layers": (1, 1, 6, 1), "channels": (16, 16, 32, 32), "stem_chs": 8}
+    return timm.create_model("resnetv2_50", num_classes=num_classes, device=device, **shape)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Plain nets
 
