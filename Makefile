@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean distclean
+.PHONY: help install demo test soak check bench clean distclean
 
 help:
 	@echo 'make demo       train 4 workers on handwritten digits (under two minutes), then a table'
 	@echo 'make test       the whole test suite'
 	@echo 'make check      format, lint, types, and the tests with warnings as errors'
+	@echo 'make soak       kill runs fifty times and resume them (half an hour)'
 	@echo 'make bench      what a local step and a synchronisation cost'
 	@echo 'make install    the set-up alone, which each of these does first if need be'
 	@echo 'make clean      remove caches and runs/demo (make distclean: .venv too)'
@@ -25,6 +26,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Fifty seeded SIGKILLs of ranks and launchers, most of them in the middle of a save.
+soak: install
+	$(BIN)/python -m pytest -m soak -s
 
 # Warnings are errors in every run of the tests: filterwarnings in pyproject.toml.
 check: install
