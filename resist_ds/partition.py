@@ -143,12 +143,12 @@ class Exchange:
     shared: tuple[Move, ...]
 
 
-def counted(holders: tuple[int, ...], dropped: frozenset[int]) -> tuple[int, ...]:
+def counted(holders: tuple[int, ...], owner: int, dropped: frozenset[int]) -> tuple[int, ...]:
     """The holders whose values a piece's mean is taken of: those whose round counts.
 
-    Where none does, all of them: they are back at the round's start, where they held the same values.
+    Where none does, its owner alone: all are back at the round's start, where they held the same values.
     """
-    return tuple(h for h in holders if h not in dropped) or holders
+    return tuple(h for h in holders if h not in dropped) or (owner,)
 
 
 def plan_aggregate(partition: Partition, dropped: frozenset[int] = frozenset()) -> Exchange:
@@ -160,14 +160,14 @@ def plan_aggregate(partition: Partition, dropped: frozenset[int] = frozenset()) 
     blocks = (
         Move(block, holder, (partition.owners[block],))
         for block, holders in enumerate(partition.holders)
-        for holder in counted(holders, dropped)
+        for holder in counted(holders, partition.owners[block], dropped)
         if holder != partition.owners[block]
     )
     workers = tuple(range(partition.workers))
     shared = (
         Move(chunk, holder, (chunk,))
         for chunk in workers
-        for holder in counted(workers, dropped)
+        for holder in counted(workers, chunk, dropped)
         if holder != chunk
     )
     return Exchange(tuple(blocks), tuple(shared))

@@ -92,7 +92,7 @@ class Synchroniser:
             (self._blocks, plan.blocks, now.owners, now.holders),
             (self._shared, plan.shared, everyone, (everyone,) * now.workers),
         ):
-            holders = [counted(workers, dropped) for workers in held]
+            holders = [counted(workers, owner, dropped) for workers, owner in zip(held, owners, strict=True)]
             leaving = [m for m in moves if self._rank(m.source) != self._rank(m.targets[0])]
             owned = [p for p, owner in enumerate(owners) if owner in self._mine and holders[p] != (owner,)]
             for lo, hi in self._slices(pieces, leaving, vectors):
