@@ -182,9 +182,6 @@ class Saver:
                 entry = storage.write_safetensors(job.partial / name, tensors[group].items(), specs, metadata)
                 job.written.files[name] = entry
                 job.written.names[group] = dict.fromkeys(specs, name)
-        except FileNotFoundError as error:
-            shared = ": --output_dir must be on a file system that all machines share" if rank else ""
-            job.written.error = f"rank {rank}: {_reason(error, job.partial)}{shared}"
         except Exception as error:  # it must not leave the other ranks waiting
             job.written.error = f"rank {rank}: {_reason(error, job.partial)}"
 
@@ -291,5 +288,7 @@ def _reason(error: Exception, folder: Path) -> str:
     """What went wrong, and in which file."""
     if isinstance(error, OSError) and error.strerror:
         name = os.path.basename(error.filename) if error.filename else folder.name
-        return f"{error.strerror} ({name})"
+        apart = isinstance(error, FileNotFoundError)  # what one rank has made, another does not find
+        hint = ": --output_dir must be on a file system that all machines share" if apart else ""
+        return f"{error.strerror} ({name}){hint}"
     return f"{type(error).__name__}: {error}"
