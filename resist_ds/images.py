@@ -4,7 +4,9 @@ A *schedule* of (epoch, sample indices) goes in, and batches of bytes on the hos
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,7 +125,7 @@ class OnDisk:
             num_workers=self.processes,
             pin_memory=pin,
             multiprocessing_context=_loader_context() if self.processes else None,
-            worker_init_fn=_leave_signals_to_the_rank,
+            worker_init_fn=_belong_to_the_rank,
             generator=torch.Generator(),  # else it would draw a seed, which nobody uses, from the global one
         )
         try:
@@ -147,10 +149,21 @@ def _unchanged(batch: object) -> object:
     return batch
 
 
-def _leave_signals_to_the_rank(process: int) -> None:
-    """Ctrl-C, and deepspeed's launcher, reach all processes; the rank needs these to end its round."""
+def _belong_to_the_rank(process: int) -> None:
+    """Ctrl-C, and deepspeed's launcher, reach all processes; the rank needs these to end its round.
+
+    torch would look at the server that forked this process, which lives as long as its children do.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    rank.join()
+    os._exit(1)
 
 
 def _loader_context() -> multiprocessing.context.BaseContext:

@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]  # on busy cores a la
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
 BIN = Path(sys.executable).parent
+# a launcher may live in .venv
+OUR_TRACEBACK = re.compile(f'File "{re.escape(str(ROOT))}/(train.py|resist_ds/)')
 
 # Four workers whoever launches, so that runs on one and on two ranks compare too.
 JOB = [
@@ -46,10 +48,7 @@ class Finished:
         return re.findall(r"^error: .*$", self.stdout + self.stderr, re.MULTILINE)
 
     def our_traceback(self) -> bool:
-        ours = re.compile(
-            f'File "{re.escape(str(ROOT))}/(train.py|resist_ds/)'
-        )  # a launcher may live in .venv
-        return ours.search(self.stdout + self.stderr) is not None
+        return OUR_TRACEBACK.search(self.stdout + self.stderr) is not None
 
 
 def free_port() -> str:
@@ -90,11 +89,16 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN) -> Finished:
-    """Run train.py from an unrelated folder, in an environment without traces of another launcher."""
+def clean_environment() -> dict[str, str]:
+    """An environment without traces of another launcher."""
     launchers_own = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "OMP_", "ACCELERATE_", "TORCHELASTIC_", "DS_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith((*launchers_own, "PYTHONPATH"))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    return environment | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+
+def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN) -> Finished:
+    """Run train.py from an unrelated folder."""
+    environment = clean_environment()
     if launcher == "torchrun 1":
         environment["PYTHONIOENCODING"] = "latin-1"  # a terminal that cannot show all of our signs
     process = subprocess.Popen(
