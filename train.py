@@ -9,6 +9,7 @@ from resist_ds.config import parse
 from resist_ds.errors import RunError
 
 if __name__ == "__main__":
+    parent = os.getppid()  # who it was, should it end while the imports last
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports last; then see signals.py
     sys.stdout.reconfigure(errors="replace")  # a terminal without a × must not end a run
     try:
@@ -22,7 +23,7 @@ if __name__ == "__main__":
 
     from resist_ds.trainer import main  # after parsing, so that --help and mistakes do not wait for torch
 
-    exit_code = main(config)
+    exit_code = main(config, parent)
     if exit_code:  # at once: the process group's own clean-up waits for ranks that may be gone
         sys.stdout.flush()
         sys.stderr.flush()

@@ -41,15 +41,17 @@ class Signals:
     Args:
         grace: seconds from the request to the forced end.
         rank: only rank 0 says anything.
+        parent: pid of the process that has started this one, if it may have ended since.
 
     Attributes:
         received: the signal that asked, or None.
     """
 
-    def __init__(self, grace: float, rank: int):
+    def __init__(self, grace: float, rank: int, parent: int | None = None):
         self.received: signal.Signals | None = None
         self._grace = grace
         self._rank = rank
+        self._parent = parent or os.getppid()
         self._since = 0.0
         self._deferred = False
         self._done = threading.Event()
@@ -60,6 +62,8 @@ class Signals:
         self._deferred = True
 
     def __enter__(self) -> "Signals":
+        if "WORLD_SIZE" in os.environ and os.getppid() != self._parent:
+            self._orphaned()
         self._launchers = _launchers()
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)

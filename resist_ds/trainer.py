@@ -37,10 +37,14 @@ from resist_ds.workers import Worker, Workers
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-def main(config: Config) -> int:
-    """Train as `config` says; returns the exit code. Collective: all ranks."""
-    comm = Comm()
-    with Signals(config.grace, comm.rank) as signals:
+def main(config: Config, parent: int | None = None) -> int:
+    """Train as `config` says; returns the exit code. Collective: all ranks.
+
+    Args:
+        parent: pid of the process that has started this one, which may have ended since.
+    """
+    with Signals(config.grace, int(os.environ.get("RANK", 0)), parent) as signals:
+        comm = Comm()  # it may wait long for the others
         try:
             trainer = Trainer(comm, config)
             try:

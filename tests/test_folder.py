@@ -23,6 +23,7 @@ def hold(path: Path, told: Any, with_child: bool) -> None:
     folder.take()
     child = None
     if with_child:
+        _CONTEXT.set_forkserver_preload([])  # its server need not import what ours has
         child = _CONTEXT.Process(target=time.sleep, args=(60,))
         child.start()
     told.put((os.getpid(), child and child.pid))

@@ -27,7 +27,7 @@ from resist_ds.folder import PARTIAL
 from resist_ds.signals import Signals
 from tests.conftest import _CONTEXT
 from tests.test_errors import TINY
-from tests.test_launchers import JOB, OUR_TRACEBACK, TRAIN, clean_environment, command, descendants
+from tests.test_launchers import JOB, OUR_TRACEBACK, TRAIN, clean_environment, command, descendants, free_port
 
 pytestmark = pytest.mark.ranks
 
@@ -37,6 +37,7 @@ ENDLESS = {"rounds": 1_000_000, "eval_every": 0, "checkpoint_every": 0}
 FINISHED = f"stopped by {{}} after round {ASKED} of {ROUNDS}; --resume auto goes on from there\n"
 TOO_LONG = "error: stopped by SIGTERM; the round took longer than --grace 0.5: what it trained is lost\n"
 SECOND = "error: stopped by {}; a second signal came: what the round trained is lost\n"
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 NOT_BEGUN = "error: stopped by {}; training had not begun\n"
 
 
@@ -57,16 +58,35 @@ def life(rank: int, size: int, folder: Path, store: str, options: dict[str, Any]
     if size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    with (folder / f"stderr{rank}").open("w") as stderr, (folder / f"stdout{rank}").open("w") as stdout:
-        os.dup2(stderr.fileno(), 2)
-        os.dup2(stdout.fileno(), 1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    begin(folder, rank)
     torch.set_num_threads(1)
     comm = Comm(init_method=f"file://{store}")
     trainer.Comm = lambda: comm  # type: ignore[assignment,misc]
     if plan:
         PLANS[plan](folder, comm)
     os._exit(trainer.main(Config(**options)))
+
+
+def begin(folder: Path, rank: int) -> None:
+    """Like `train.py`, and its streams go into files."""
+    with (folder / f"stderr{rank}").open("w") as stderr, (folder / f"stdout{rank}").open("w") as stdout:
+        os.dup2(stderr.fileno(), 2)
+        os.dup2(stdout.fileno(), 1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def lonely(folder: Path, port: str) -> None:
+    """The life of a rank whose only peer never comes."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    begin(folder, 0)
+
+    def meet() -> Comm:
+        (folder / "reached0").touch()
+        return Comm()
+
+    trainer.Comm = meet  # type: ignore[assignment,misc]
+    os._exit(trainer.main(Config(**OPTIONS, output_dir=str(folder / "run"))))
 
 
 def requests(folder: Path, rank: int) -> int:
@@ -336,6 +356,21 @@ def test_signal_before_training_ends_the_run_at_once(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_signal_while_the_ranks_meet_ends_the_run_at_once(signum: signal.Signals, tmp_path: Path) -> None:
+    process = _CONTEXT.Process(target=lonely, args=(tmp_path, free_port()), daemon=True)
+    run = Job(tmp_path, [process])
+    try:
+        process.start()
+        run.reached(0)
+        run.signal(signum, 0)
+        assert run.ended(2) == [128 + signum]
+    finally:
+        process.kill()
+        process.join(10)
+    assert run.stderr == [NOT_BEGUN.format(signum.name)]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Whoever started the ranks ends.
 
@@ -396,6 +431,30 @@ def test_ranks_of_a_killed_parent_are_gone(plan: str, tmp_path: Path) -> None:
         launcher.join(10)
         kill(ranks)
     assert [(tmp_path / f"stderr{rank}").read_text() for rank in range(2)] == ["", ""]
+
+
+def test_rank_whose_parent_is_killed_during_the_imports_does_not_train(tmp_path: Path) -> None:
+    shell = 'python=$1; shift; "$python" "$@" 2>stderr >stdout & echo $! >pid.new; mv pid.new pid; wait'
+    ranks: list[psutil.Process] = []
+    launcher = subprocess.Popen(
+        ["sh", "-c", shell, "sh", sys.executable, str(TRAIN), *JOB, "--output_dir", str(tmp_path / "run")],
+        cwd=tmp_path,
+        env=clean_environment() | ALONE | {"MASTER_PORT": free_port()},
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        until((tmp_path / "pid").exists, "the rank has been started")
+        ranks = [psutil.Process(int((tmp_path / "pid").read_text()))]
+        maps = Path(f"/proc/{ranks[0].pid}/maps")
+        until(lambda: "libtorch" in maps.read_text(), "it imports torch")
+        launcher.kill()
+        until(lambda: not runs(ranks[0]), "it is gone")
+    finally:
+        launcher.kill()
+        launcher.wait(10)
+        kill(ranks)
+    assert (tmp_path / "stderr").read_text() == ""
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
