@@ -172,7 +172,6 @@ def test_set_aside_moves_records_and_checkpoints(tmp_path: Path) -> None:
         (folder.checkpoints / "round-000007" / "state.json").write_text(f"state {number}")
         folder.metrics.write_text(f"records {number}")
         assert folder.set_aside() == tmp_path / f"earlier-{number}"
-        assert list(tmp_path.glob("*")) != []
         assert not folder.metrics.exists()
         assert not folder.checkpoints.exists()
     (folder.checkpoints / "round-000001").mkdir(parents=True)  # and no records

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]  # on busy cores a la
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
 BIN = Path(sys.executable).parent
-# a launcher may live in .venv
+# of our own files alone: a launcher may live in .venv
 OUR_TRACEBACK = re.compile(f'File "{re.escape(str(ROOT))}/(train.py|resist_ds/)')
 
 # Four workers whoever launches, so that runs on one and on two ranks compare too.
