@@ -49,6 +49,7 @@ class Start:
     """
 
     def __init__(self, comm: Comm, config: Config, folder: RunFolder):
+        """Choose the checkpoint and open it. Collective: all ranks."""
         choice = comm.collect(lambda: _choose(config, folder) if comm.rank == 0 else Choice())[0]
         self._config = config
         self._checkpoint = comm.agree(lambda: _see(comm.rank, choice)) if choice.path else None
