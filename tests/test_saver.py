@@ -28,7 +28,7 @@ WRITTEN_BY = {name: int("00002-of" in name) for name in FILES}  # rank
 
 
 def fill_disk(name: str, how: str) -> None:
-    """From here on the disk is full in the middle of `name`, whenever the checkpoint of `ROUND` is written."""
+    """The disk is full in the middle of `name`, whenever the checkpoint of `ROUND` is written."""
     write = storage.write
 
     def limited(path: Path, parts: Any) -> Entry:
