@@ -1,7 +1,7 @@
 """The words of a run: its first lines, which say what will happen, and the table at its end."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -103,8 +103,15 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     return "\n".join(lines)
 
 
-def closing(job: Job, deal: Partition, totals: Totals, baseline: int) -> str:
-    """What did happen: a row per worker, then the run."""
+def closing(
+    job: Job, deal: Partition, totals: Totals, baseline: int, copies: Mapping[str, int], checkpoint: Path
+) -> str:
+    """What did happen: a row per worker, then the run.
+
+    Args:
+        copies: bytes of host memory per rank that optional copies took, by the option that asks for them.
+        checkpoint: the last one.
+    """
     blueprint, layout = job.blueprint, job.layout
     held, full = blueprint.parameters_held(deal.slots), blueprint.parameters
     rows = [("worker", "rank", "blocks held", "parameters held", *(f"peak {p}" for p in PHASES), "samples/s")]
@@ -127,6 +134,11 @@ def closing(job: Job, deal: Partition, totals: Totals, baseline: int) -> str:
         _table(rows),
         f"peaks are those of the rank ({where}); "
         f"{baseline / GIB:.2f} GiB were in use before the run began (imports)",
+        *(
+            f"  on top, in host memory: {_megabytes(size)} per rank for --{option}"
+            for option, size in copies.items()
+            if size
+        ),
         f"global model: {100 * totals.accuracy[-1]:.2f} % test accuracy "
         f"(best {100 * max(totals.accuracy):.2f} %)",
         f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
@@ -137,6 +149,9 @@ def closing(job: Job, deal: Partition, totals: Totals, baseline: int) -> str:
             f"  planned for one worker per rank: {_megabytes(ours)}, local SGD {_megabytes(local_sgd)} "
             f"({100 * ours / local_sgd:.0f} %)"
         )
+    if totals.skipped:
+        lines.append(f"dropped for NaN or Inf: {_count(totals.skipped, 'round')} of a worker")
+    lines.append(f"checkpoint: {checkpoint} (tools/export.py makes a plain timm model of it)")
     return "\n".join(lines)
 
 

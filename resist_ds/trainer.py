@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resist_ds import report
-from resist_ds.checkpoint import State, config_hash, config_to_keep, versions
+from resist_ds.checkpoint import State, config_hash, config_to_keep, folder_name, versions
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data, download, load_data
@@ -186,7 +186,9 @@ class Trainer:
                     raise self._stopped(round, stop)
             self._settle(telemetry)
             telemetry.summary(job.settings())
-            telemetry.say(report.closing(job, self.deal, telemetry.totals, self.meter.baseline))
+            facts = (telemetry.totals, self.meter.baseline, self._copies())
+            last = self.folder.checkpoints / folder_name(self.rounds)
+            telemetry.say(report.closing(job, self.deal, *facts, last))
         return result
 
     def partition(self, round: int) -> Partition:
@@ -381,6 +383,12 @@ class Trainer:
             f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from there",
             signum,
         )
+
+    def _copies(self) -> dict[str, int]:
+        """Bytes of host memory of optional copies, on the rank that has most. Collective: all ranks."""
+        of_ranks = self.comm.gather((self.workers.copies, self.saver.copies))
+        round_start, snapshot = map(max, zip(*of_ranks, strict=True))
+        return {"on_nan skip": round_start, "checkpoint_async": snapshot}
 
     def _after(self, round: int) -> Position:
         """Where the run is when `round` is done."""

@@ -10,8 +10,10 @@ import torch
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, ResNet
 
+from resist_ds.checkpoint import Checkpoint
 from resist_ds.comm import Comm
 from resist_ds.config import Config
+from resist_ds.export import export
 from resist_ds.memory import PeakMemory
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, elements_sent, sample_partition
@@ -64,12 +66,19 @@ def data_segment() -> int:
     return int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) << 10
 
 
-def train_under_a_cap(comm: Comm, options: dict[str, Any], allowance: int) -> str:
-    """Train with `allowance` bytes on top of what this process has; returns what went wrong."""
+def cap(allowance: int) -> None:
+    """From here on this process may take `allowance` bytes on top of what it has."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (data_segment() + allowance, hard))
+
+
+def train_under_a_cap(comm: Comm, options: dict[str, Any], allowance: int) -> str:
+    """Train with `allowance` bytes on top of what this process has; returns what went wrong."""
+    cap(allowance)
     try:
-        Trainer(comm, Config(**options)).run()
+        trainer = Trainer(comm, Config(**options))
+        trainer.run()
+        trainer.folder.release()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -79,7 +88,8 @@ def train_under_a_cap(comm: Comm, options: dict[str, Any], allowance: int) -> st
 @needs_linux
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a cap on host memory says nothing about a GPU's")
 def test_the_full_training_state_exceeds_a_cap_that_the_run_keeps(ranks: Ranks, tmp_path: Path) -> None:
-    """Four ranks train, carry momentum and evaluate, each with room for one sub-ResNet but not for the model.
+    """Four ranks train, carry momentum, evaluate and save, each with room for one sub-ResNet but not for the
+    model; other four go on from there, under the same cap.
 
     What a process may take on top of its imports:
         one sub-ResNet's state, (shared + 4 blocks) × (parameter + gradient + momentum)     244 MiB
@@ -93,22 +103,52 @@ def test_the_full_training_state_exceeds_a_cap_that_the_run_keeps(ranks: Ranks, 
     shared, block = blueprint.parameters_held(0), blueprint.parameters_held(1) - blueprint.parameters_held(0)
     parameter, gradient, momentum = 4, 4, 4  # bytes
     state = parameter + gradient + momentum
-    cap = (shared + SLOTS * block) * state + block * (parameter + momentum) + 300 * MIB
-    assert cap < blueprint.parameters * (parameter + momentum) < 0.67 * blueprint.parameters * state
+    allowance = (shared + SLOTS * block) * state + block * (parameter + momentum) + 300 * MIB
+    assert allowance < blueprint.parameters * (parameter + momentum) < 0.67 * blueprint.parameters * state
 
-    several = ranks(train_under_a_cap, W, OPTIONS | {"workers": W, "output_dir": str(tmp_path)}, cap)
-    assert several == [""] * W
-    alone = ranks(train_under_a_cap, 1, OPTIONS | {"workers": 1, "output_dir": str(tmp_path / "alone")}, cap)
-    assert alone[0].startswith("RunError: out of memory on cpu of rank 0"), alone
+    options = OPTIONS | {"workers": W, "output_dir": str(tmp_path)}
+    assert ranks(train_under_a_cap, W, options, allowance) == [""] * W
+    alone = {"workers": 1, "output_dir": str(tmp_path / "alone")}
+    (error,) = ranks(train_under_a_cap, 1, OPTIONS | alone, allowance)
+    assert error.startswith("RunError: out of memory on cpu of rank 0"), error
+    longer = {"rounds": 3, "resume": "auto", "override": "rounds"}
+    assert ranks(train_under_a_cap, W, options | longer, allowance) == [""] * W
 
-    # The run was a whole one: momentum travelled, and the global model was tested.
-    *rounds, evaluation, _ = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert 0 < evaluation["eval/loss"] < 10 and evaluation["comm/bytes_eval"] > 0
-    for r, metrics in enumerate(rounds):
+    # The run was a whole one: momentum travelled, and the global model was tested and saved.
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kinds = ["round", "round", "eval", "checkpoint", "round", "eval", "checkpoint", "summary"]
+    assert [line["kind"] for line in lines] == kinds
+    for line in lines:
+        if line["kind"] == "eval":
+            assert 0 < line["eval/loss"] < 10 and line["comm/bytes_eval"] > 0
+        if line["kind"] == "checkpoint":  # parameters and momentum, little else
+            assert line["save/bytes"] == pytest.approx(8 * blueprint.parameters, rel=0.01)
+    for r, metrics in enumerate(line for line in lines if line["kind"] == "round"):
         assert metrics["mem/params_held"] == blueprint.parameters_held(SLOTS)
         now, then = (sample_partition(0, at, workers=W, pool=blueprint.pool) for at in (r, r + 1))
         with_momentum = 8 * elements_sent(now, then, Layout(W, W), block=block, shared=shared)
         assert metrics["comm/bytes_round"] == pytest.approx(with_momentum, rel=1e-3)
+
+
+def export_under_a_cap(comm: Comm, checkpoint: Path, out: Path, allowance: int) -> str:
+    cap(allowance)
+    try:
+        export(Checkpoint.verified(checkpoint), out)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.ranks
+@needs_linux
+def test_an_export_needs_room_for_a_tensor_and_not_for_the_model(ranks: Ranks, tmp_path: Path) -> None:
+    """Its 298 MiB go out through a cap of 64 MiB above the imports; the largest tensor has 9."""
+    ranks(train_under_a_cap, 1, OPTIONS | {"workers": 4, "rounds": 1, "output_dir": str(tmp_path)}, 1 << 40)
+    checkpoint, out = tmp_path / "checkpoints" / "round-000001", tmp_path / "net.safetensors"
+    assert ranks(export_under_a_cap, 1, checkpoint, out, 64 * MIB) == [""]
+    assert out.stat().st_size == pytest.approx(4 * Blueprint(MODEL, 10).parameters, rel=0.01)
+    (error,) = ranks(export_under_a_cap, 1, checkpoint, tmp_path / "other", 4 * MIB)
+    assert "allocate memory" in error or "MemoryError" in error
 
 
 # ------------------------------------------------------------------------------------------------------------

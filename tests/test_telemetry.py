@@ -272,6 +272,19 @@ def test_the_closing_lines_state_accuracy_and_bytes(run: Run) -> None:
     assert local_sgd == pytest.approx(2 * (W - 1) * run.summary["mem/params_full"] * 2 * 4 / 1e6, rel=0.03)
     assert share == pytest.approx(100 * ours / local_sgd, abs=1) and share < 100
     assert re.search(r"[\d.]+ GiB were in use before the run began", closing)
+    assert f"checkpoint: {run.folder}/checkpoints/round-000003 (tools/export.py makes" in closing
+    assert "on top" not in closing and "dropped" not in closing
+
+
+def test_optional_copies_and_dropped_rounds_are_reported(ranks: Ranks, tmp_path: Path) -> None:
+    options = OPTIONS | {"on_nan": "skip", "checkpoint_async": True, "lr": 1e30, "workers": 2, "rounds": 2}
+    (printed, _) = ranks(train, 2, options | {"output_dir": str(tmp_path)})
+    full, held = 226_258, 154_522  # parameters: K = 4 of 8
+    copies = dict(re.findall(r"in host memory: ([\d.]+) MB per rank for --(\w+)", printed))
+    by_option = {option: float(megabytes) for megabytes, option in copies.items()}
+    assert by_option["on_nan"] == pytest.approx(8 * held / 1e6, abs=0.1)
+    assert by_option["checkpoint_async"] == pytest.approx(8 * full / 2 / 1e6, abs=0.15)
+    assert "dropped for NaN or Inf: 4 rounds of a worker" in printed
 
 
 def opening(comm: Comm, options: dict[str, Any]) -> str:
