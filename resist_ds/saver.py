@@ -78,6 +78,10 @@ class Saver:
         optimizer: the optimizer state that is saved; none where momentum does not outlive a round.
         keep: sound checkpoints that stay.
         background: whether to write in a thread, from a copy.
+
+    Attributes:
+        specs: {group: {name: type and shape}} of every tensor of a checkpoint.
+        copies: bytes of the largest copy in host memory so far.
     """
 
     def __init__(
@@ -93,12 +97,12 @@ class Saver:
     ):
         self._comm = comm
         self.optimizer = optimizer
-        self._specs = all_specs(blueprint, dtype, optimizer)
+        self.specs = all_specs(blueprint, dtype, optimizer)
         self._folder = folder
         self._keep = keep
         self.background = background
         self._job: _Job | None = None
-        self.copies = 0  # bytes of the largest copy in host memory so far
+        self.copies = 0
 
     @property
     def in_flight(self) -> bool:
@@ -120,7 +124,7 @@ class Saver:
         assert not self.in_flight
         started = time.perf_counter()
         partial, error = self._comm.gather(self._make_folder(state.round))[0]
-        tensors = _select(self._specs, owned, statistics)
+        tensors = _select(self.specs, owned, statistics)
         self._job = job = _Job(state, partial, started, Written(error=error))
         if error is not None:
             return
@@ -174,10 +178,10 @@ class Saver:
         rank, size = self._comm.rank, self._comm.size
         try:
             for group in GROUPS:
-                if not self._specs[group]:
+                if not self.specs[group]:
                     continue
                 name = shard_name(group, rank, size)
-                specs = {n: self._specs[group][n] for n in tensors[group]}
+                specs = {n: self.specs[group][n] for n in tensors[group]}
                 metadata = {"format": "pt"}
                 entry = storage.write_safetensors(job.partial / name, tensors[group].items(), specs, metadata)
                 job.written.files[name] = entry
@@ -206,7 +210,7 @@ class Saver:
         for name, entry in files.items():
             if (job.partial / name).stat().st_size != entry.size:  # not there: another machine's disk
                 raise OSError(f"{name} is not what its rank has written")
-        for group, specs in self._specs.items():
+        for group, specs in self.specs.items():
             if not specs:
                 continue
             where = {n: f for written in everyone for n, f in written.names[group].items()}

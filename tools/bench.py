@@ -1,25 +1,32 @@
 """What ResIST's own machinery costs, as ratios measured in one run.
 
-    python tools/bench.py                                     # both, on a CPU or a GPU
+    python tools/bench.py                                     # all, on a CPU or a GPU
     python tools/bench.py --model resnetv2_101 --img_size 64 --workers 2,4,8 --batch_size 2
 
 local step       the trainer's local step against a bare training loop over a plain net of the same shape
 synchronisation  aggregate + hand-off against the bare communication that they issue (the same messages and
                  nothing else), and against one all-reduce of shared plus one all-to-all of the blocks
+checkpoint       saving in a run, as a share of its time at one a minute, against writing and syncing as many
+                 bytes; and the size of a checkpoint over that of its tensors
 
 The two sides take turns, and medians over the repeats are printed with their spread, since machines are
-shared and noisy. Synchronisation starts its own ranks, one per worker, with torchrun.
+shared and noisy. Synchronisation and checkpoint start their own ranks, one per worker, with torchrun.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -35,6 +42,7 @@ from resist_ds.local import local_steps
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, sample_partition
 from resist_ds.sync import Synchroniser
+from resist_ds.trainer import Trainer
 from resist_ds.workers import Workers
 
 Times = dict[str, list[float]]
@@ -51,7 +59,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="local steps per repeat")
     parser.add_argument("--optimizer_state", choices=("travel", "reset"), default="travel")
-    parser.add_argument("--what", choices=("local", "sync", "both"), default="both")
+    parser.add_argument("--what", choices=("local", "sync", "save", "all"), default="all")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     parser.add_argument(
         "--rank_results", type=Path, help=argparse.SUPPRESS
@@ -59,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.rank_results is not None:
-        times = bench_sync(args)
+        times = bench_sync(args) if args.what == "sync" else bench_save(args)
         if times is not None:
             args.rank_results.write_text(json.dumps(times))
         return
@@ -72,14 +80,19 @@ def main() -> None:
         "torch": torch.__version__,
     }
     for workers in map(int, args.workers.split(",")):
-        if args.what != "sync":
+        if args.what in ("local", "all"):
             times = bench_local(args, workers)
             figures[f"local W={workers}"] = times
             show(f"local step, W = {workers}", times, ours="resist_ds", per=args.steps)
-        if args.what != "local":
-            times = start_ranks(args, workers)
+        if args.what in ("sync", "all"):
+            times = start_ranks("sync", workers)
             figures[f"sync W={workers}"] = times
             show(f"synchronisation, W = R = {workers}", times, ours="resist_ds")
+        if args.what in ("save", "all"):
+            times = start_ranks("save", workers)
+            figures[f"save W={workers}"] = times
+            show(f"checkpoint, W = R = {workers}", times, ours="resist_ds")
+            print(f"  at one a minute: {100 * statistics.median(times['resist_ds']) / 60:.2f} % of the time")
     if args.output is not None:
         args.output.write_text(json.dumps(figures, indent=1, default=str))
 
@@ -152,7 +165,7 @@ def bench_local(args: argparse.Namespace, workers: int) -> Times:
     return interleave({"resist_ds": ours, "bare loop": bare}, args.repeats, comm.device)
 
 
-def start_ranks(args: argparse.Namespace, workers: int) -> Times:
+def start_ranks(what: str, workers: int) -> Times:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "times.json"
         command = [
@@ -162,7 +175,13 @@ def start_ranks(args: argparse.Namespace, workers: int) -> Times:
             "--standalone",
             f"--nproc_per_node={workers}",
         ]
-        command += [__file__, *sys.argv[1:], f"--rank_results={results}", f"--workers={workers}"]
+        command += [
+            __file__,
+            *sys.argv[1:],
+            f"--rank_results={results}",
+            f"--workers={workers}",
+            f"--what={what}",
+        ]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         times: Times = json.loads(results.read_text())
         return times
@@ -240,6 +259,60 @@ def bench_sync(args: argparse.Namespace) -> Times | None:
         return None
     print(f"\n{sent / 1e6:.1f} MB a round between {workers} ranks, over {comm.backend}")
     return {name: [max(each) for each in zip(*(t[name] for t in ranks), strict=True)] for name in sides}
+
+
+def bench_save(args: argparse.Namespace) -> Times | None:
+    """A run that saves after every round, and bare writes of as many bytes. Collective: all ranks.
+
+    Returns:
+        on rank 0, the seconds of every save, and those of the slowest rank of every bare write.
+    """
+    comm = Comm()
+    folder = Path(comm.gather(tempfile.mkdtemp(dir="."))[0]).resolve()
+    config = replace(
+        config_of(args, comm.size),
+        local_steps=1,
+        rounds=args.repeats,
+        eval_every=0,
+        calibration_samples=32,
+        checkpoint_every=1,
+        checkpoint_async=False,
+        keep=1,
+        progress=False,
+        output_dir=str(folder),
+    )
+    trainer = Trainer(comm, config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.run()
+    trainer.folder.release()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    saves = [record for record in records if record["kind"] == "checkpoint"]
+    tensors = sum(
+        spec.dtype.itemsize * math.prod(spec.shape)
+        for group in trainer.saver.specs.values()
+        for spec in group.values()
+    )
+
+    content = os.urandom(saves[-1]["save/bytes"] // comm.size)
+    path = folder / f"bare-{comm.rank}"
+
+    def bare() -> None:
+        comm.barrier()
+        with path.open("wb", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        comm.barrier()
+
+    name = "write + fsync of as many bytes"
+    ranks = comm.gather(interleave({name: bare}, args.repeats, comm.device)[name])
+    comm.close()
+    if comm.rank:
+        return None
+    shutil.rmtree(folder)
+    size = saves[-1]["save/bytes"]
+    print(f"\n{size / 1e6:.1f} MB a checkpoint, {size / tensors:.4f} of its tensors' {tensors / 1e6:.1f} MB")
+    slowest = [max(each) for each in zip(*ranks, strict=True)]
+    return {"resist_ds": [save["perf/save_s"] for save in saves], name: slowest}
 
 
 if __name__ == "__main__":
