@@ -338,7 +338,10 @@ class Telemetry:
         if self._accelerator is not None:  # not its end_training, which would also end the process group
             try:
                 for tracker in self._accelerator.trackers:
-                    tracker.finish()
+                    if error and self._main and tracker.name == "wandb":  # it shows as failed there
+                        tracker.tracker.finish(exit_code=getattr(error, "exit_code", 1))
+                    else:
+                        tracker.finish()
             except Exception as failure:
                 self.warn(f"{self._config.log_with} could not be closed: {failure}")
 

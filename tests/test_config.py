@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from resist_ds.config import Config, parse
+from resist_ds.config import SHAPING, Config, parse
 from resist_ds.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -233,7 +233,8 @@ LEAST = dict(
     num_classes=1, img_size=1, data_workers=0, cache_mib=0, workers=1, local_steps=1, min_blocks=0,
     warmup_rounds=0, transit_mib=1, batch_size=1, accumulation_steps=1, rounds=1, lr=0, momentum=0,
     weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0, eval_every=0,
-    eval_batch_size=1, eval_memory=1, calibration_samples=1, seed=0,
+    eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0, checkpoint_minutes=0,
+    keep=1, grace=0, seed=0,
 )  # fmt: skip
 
 
@@ -257,6 +258,8 @@ def test_choices_are_checked_without_the_parser_too():
     for name in (
         "dataset",
         "optimizer_state",
+        "checkpoint_errors",
+        "on_nan",
         "optimizer",
         "schedule",
         "mixed_precision",
@@ -382,3 +385,38 @@ def test_accelerate_configs_go_through_torchrun(name):
     given = yaml.safe_load((ROOT / "ds_configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     assert given["distributed_type"] == "MULTI_GPU" and given["use_cpu"] is False
     assert given["num_processes"] >= 2 and given["main_process_port"] == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (
+            ["--override", "lrr"],
+            "--override 'lrr': no option of that name shapes training (did you mean lr?)",
+        ),
+        (["--override", "lr, keep"], "--override 'keep': no option of that name shapes training"),
+        (["--resume", ""], "--resume is empty: type never, auto or the folder of a checkpoint"),
+        (["--from_pretrained", ""], "--from_pretrained is empty: type a safetensors file"),
+        (["--checkpoint_async", "maybe"], "--checkpoint_async is 'maybe': type true or false or null"),
+        (["--on_nan", "go"], "--on_nan is 'go': type one of stop, skip"),
+    ],
+)
+def test_mistakes_about_checkpoints(typed, line):
+    assert error(*typed).startswith(line)
+
+
+def test_overridden_options_and_bare_switches():
+    config = parse(["--override", "lr, batch-size,", "--checkpoint_async", "--resume", "auto"])
+    assert config.overridden == ("lr", "batch_size")
+    assert config.checkpoint_async is True
+    assert (
+        parse([]).checkpoint_async is None and parse(["--checkpoint_async", "null"]).checkpoint_async is None
+    )
+
+
+def test_what_shapes_training_is_all_but_place_time_and_words():
+    free = {f.name for f in dataclasses.fields(Config)} - set(SHAPING)
+    assert {"workers", "output_dir", "data_dir", "eval_every", "keep", "cpu_threads", "on_nan"} <= free
+    assert {"lr", "model", "seed", "batch_size", "epochs", "rounds", "mixed_precision", "dtype"} <= set(
+        SHAPING
+    )
