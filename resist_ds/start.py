@@ -149,6 +149,13 @@ def _choose(config: Config, folder: RunFolder) -> Choice:
     there = newest_first(folder.checkpoints)
     if config.resume != "auto":
         path = Path(config.resume).expanduser()
+        if not path.is_dir():
+            raise UserError(
+                f"--resume {path}: no such folder; type never, auto or the folder of a checkpoint"
+            )
+        inside = newest_first(path) or newest_first(path / "checkpoints")
+        if inside:
+            raise UserError(f"--resume {path} holds checkpoints: type one of them, --resume {inside[0]}")
         Checkpoint.verified(path).close()
         if path.resolve() in [other.resolve() for other in there[1:]]:  # a later auto would take the newest
             raise UserError(

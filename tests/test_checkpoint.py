@@ -322,13 +322,17 @@ def test_an_older_checkpoint_is_for_another_folder(
         assert digest(branch / "checkpoints" / name) == digest(whole / "checkpoints" / name)
 
 
-def test_a_folder_that_is_no_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
-    for path, line in (
-        (tmp_path / "none", f"{tmp_path}/none: no such folder"),
-        (tmp_path, f"{tmp_path}/manifest.json is missing"),
+def test_a_folder_that_is_no_checkpoint(wholes: Callable[[str], Path], ranks: Ranks, tmp_path: Path) -> None:
+    whole = wholes("momentum")
+    one = f"holds checkpoints: type one of them, --resume {whole}/checkpoints/round-000006"
+    for path, code, line in (
+        (tmp_path / "none", 2, "--resume {}: no such folder; type never, auto or the folder of a checkpoint"),
+        (whole, 2, f"--resume {{}} {one}"),
+        (whole / "checkpoints", 2, f"--resume {{}} {one}"),
+        (tmp_path, 1, "{}/manifest.json is missing"),
     ):
         (result,) = ranks(outcome, 1, tmp_path, {"resume": str(path), "output_dir": str(tmp_path / "run")})
-        assert result == (1, f"error: {line}\n")
+        assert result == (code, f"error: {line.format(path)}\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
