@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "momentum": {"local_steps": 4, "batch_size": 32},
     "reset": {"optimizer_state": "reset"},
     "adamw": {"optimizer": "adamw", "lr": 1e-3, "lr_warmup_steps": 5, "channels_last": True},
+    "fp16": {"mixed_precision": "fp16", "lr": 0.01},
     "warm-up": {"warmup_rounds": 3, "min_blocks": 3, "workers": 3},
 }
 
@@ -130,6 +131,13 @@ def test_what_a_checkpoint_says_of_itself(wholes: Callable[[str], Path]) -> None
     assert str(folder) not in (folder / "round-000003" / "state.json").read_text()
     last = json.loads((folder / "round-000006" / "state.json").read_text())
     assert last["statistics_round"] == 6 and (last["epoch"], last["offset"]) == (1, 1024)
+
+
+def test_loss_scales_belong_to_the_state(wholes: Callable[[str], Path]) -> None:
+    path = wholes("fp16") / "checkpoints" / "round-000003" / "state.json"
+    scales = json.loads(path.read_text())["loss_scales"]
+    # of 3 rounds of 2 steps the first overflowed: 2^16 was halved
+    assert [(s["scale"], s["_growth_tracker"]) for s in scales] == [(2.0**15, 5)] * 4
 
 
 def test_writers_are_balanced(ranks: Ranks, tmp_path: Path) -> None:
