@@ -136,8 +136,9 @@ def test_what_a_checkpoint_says_of_itself(wholes: Callable[[str], Path]) -> None
 def test_loss_scales_belong_to_the_state(wholes: Callable[[str], Path]) -> None:
     path = wholes("fp16") / "checkpoints" / "round-000003" / "state.json"
     scales = json.loads(path.read_text())["loss_scales"]
-    # of 3 rounds of 2 steps the first overflowed: 2^16 was halved
-    assert [(s["scale"], s["_growth_tracker"]) for s in scales] == [(2.0**15, 5)] * 4
+    assert [scale["scale"] for scale in scales] == [2.0**15] * 4  # of 3 rounds of 2 steps one has overflowed,
+    trackers = {scale["_growth_tracker"] for scale in scales}
+    assert len(trackers) > 1 and all(0 < tracker < 6 for tracker in trackers)  # not everybody's the same
 
 
 def test_writers_are_balanced(ranks: Ranks, tmp_path: Path) -> None:
