@@ -133,6 +133,7 @@ class Trainer:
             background=on_gpu if config.checkpoint_async is None else config.checkpoint_async,
         )
         self._last_save = time.monotonic()
+        self._saved = start.position.round  # the round of the newest checkpoint that was completed
 
     def run(self, signals: Signals | None = None) -> Result | None:
         """Train to the end; returns the last evaluation, or None if all was done before.
@@ -368,6 +369,7 @@ class Trainer:
     def _tell(self, saved: Saved, telemetry: Telemetry) -> None:
         """Record how a save ended; raise `RunError` where the run must not go on without it."""
         if saved.error is None:
+            self._saved = saved.round
             telemetry.checkpoint(*self._saving, saved)
             return
         said = (
@@ -379,8 +381,9 @@ class Trainer:
 
     def _stopped(self, round: int, signum: int) -> Stopped:
         name = signal.Signals(signum).name
+        where = "there" if self._saved == round + 1 else f"round {self._saved}, the last that could be saved"
         return Stopped(
-            f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from there",
+            f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from {where}",
             signum,
         )
 
