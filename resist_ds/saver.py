@@ -30,6 +30,7 @@ from resist_ds.checkpoint import (
     folder_name,
     index_name,
     newest_first,
+    round_of,
     shard_name,
     statistics_names,
 )
@@ -201,7 +202,7 @@ class Saver:
         if error is not None:
             shutil.rmtree(job.partial, ignore_errors=True)
             return error
-        self._prune()
+        self._prune(job.state.round)
         return None
 
     def _complete(self, job: "_Job", everyone: list[Written]) -> None:
@@ -235,10 +236,17 @@ class Saver:
         if replaced.exists():
             shutil.rmtree(replaced, ignore_errors=True)
 
-    def _prune(self) -> None:
-        """Remove what is older than the newest `keep` checkpoints that are whole; damaged ones count not."""
+    def _prune(self, written: int) -> None:
+        """Remove what is older than the newest `keep` checkpoints that are whole; damaged ones count not.
+
+        Args:
+            written: round of the checkpoint just written. Newer ones neither count nor go: the run went on
+                from an older one because their bytes are damaged, which a look at names and sizes misses.
+        """
         whole = 0
         for path in newest_first(self._folder):
+            if (round_of(path) or 0) > written:
+                continue
             if whole >= self._keep:
                 gone = self._folder / f"{REPLACED}{path.name}-{secrets.token_hex(4)}"
                 with suppress(OSError):  # renamed first: a checkpoint is never there in part

@@ -388,6 +388,20 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(
     Checkpoint.verified(folder / "checkpoints" / "round-000006").close()
 
 
+def test_a_checkpoint_just_written_is_kept_whatever_newer_ones_look_like(
+    wholes: Callable[[str], Path], ranks: Ranks, tmp_path: Path
+) -> None:
+    """Flipped bits, which only a full check finds: the run goes on from 3 and ends before it replaces 5 and 6."""
+    folder = shutil.copytree(wholes("momentum"), tmp_path / "run")
+    for name in ("round-000004", "round-000005", "round-000006"):
+        shard = next((folder / "checkpoints" / name).glob("model-*"))
+        shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    options = {**KINDS["momentum"], "resume": "auto", "keep": 1, "output_dir": str(folder)}
+    ranks(train, 1, {**options, "rounds": 4, "schedule": "constant", "override": "rounds,schedule"})
+    assert checkpoints(folder) == ["round-000004", "round-000005", "round-000006"]
+    Checkpoint.verified(folder / "checkpoints" / "round-000004").close()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Other tools read it without us.
 
