@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 from resist_ds.config import parse
 from resist_ds.errors import RunError
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 
     exit_code = main(config, parent)
     if exit_code:  # at once: the process group's own clean-up waits for ranks that may be gone
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # its reader may be gone
+                stream.flush()
         os._exit(exit_code)

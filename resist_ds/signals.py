@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -119,7 +120,8 @@ class Signals:
     def _leave(self, why: str) -> None:
         assert self.received is not None
         if self._rank == 0:  # not by print: the main thread may hold the stream's lock
-            os.write(sys.stderr.fileno(), f"error: stopped by {self.received.name}; {why}\n".encode())
+            with suppress(OSError):  # of a pipe whose reader is gone: Ctrl-C ends `| tee log` too
+                os.write(sys.stderr.fileno(), f"error: stopped by {self.received.name}; {why}\n".encode())
         os._exit(128 + self.received)
 
 

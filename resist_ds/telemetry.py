@@ -317,13 +317,15 @@ class Telemetry:
     def say(self, text: str) -> None:
         """A line for the person at the terminal, above the progress bar; from rank 0."""
         if self._main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):  # a reader that is gone does not end the run
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """Something that does not stop the run; from rank 0."""
         if self._main:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            with suppress(OSError):
+                tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def __enter__(self) -> "Telemetry":
         return self

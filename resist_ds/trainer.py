@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,7 +55,8 @@ def main(config: Config, parent: int | None = None) -> int:
         except RunError as error:
             if comm.rank == 0:
                 prefix = "" if isinstance(error, Stopped) else "error: "
-                print(f"{prefix}{error}", file=sys.stderr, flush=True)
+                with suppress(OSError):  # a terminal that is gone changes no exit code
+                    print(f"{prefix}{error}", file=sys.stderr, flush=True)
             return error.exit_code  # without leaving the job: that waits for collectives which may never end
     comm.close()
     return 0

@@ -565,3 +565,24 @@ def test_launcher_that_is_killed_leaves_sound_checkpoints_and_no_process(ends: E
     assert end.left == []
     assert all(round % 5 == 0 for round in sound(end.output))
     assert not OUR_TRACEBACK.search(end.stderr)
+
+
+NOBODY_READS = """
+import os, signal, time
+from resist_ds.signals import Signals
+with Signals(60, 0) as signals:
+    signals.defer()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.5)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+"""
+
+
+def test_second_signal_ends_a_run_whose_terminal_is_gone() -> None:
+    """Ctrl-C ends the reader of `train.py 2>&1 | tee log` too; then a message raises, and must not matter."""
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run([sys.executable, "-c", NOBODY_READS], stderr=write, timeout=15)
+    os.close(write)
+    assert process.returncode == 128 + signal.SIGINT
