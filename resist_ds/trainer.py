@@ -135,7 +135,7 @@ class Trainer:
             background=on_gpu if config.checkpoint_async is None else config.checkpoint_async,
         )
         self._last_save = time.monotonic()
-        self._saved = start.position.round  # the round of the newest checkpoint that was completed
+        self._saved = start.position.round if start.here else 0  # round of the newest checkpoint here
 
     def run(self, signals: Signals | None = None) -> Result | None:
         """Train to the end; returns the last evaluation, or None if all was done before.
@@ -382,10 +382,11 @@ class Trainer:
         telemetry.warn(said)
 
     def _stopped(self, round: int, signum: int) -> Stopped:
-        name = signal.Signals(signum).name
-        where = "there" if self._saved == round + 1 else f"round {self._saved}, the last that could be saved"
+        name, there = signal.Signals(signum).name, "there"
+        if self._saved <= round:  # the warning before has said why
+            there = f"round {self._saved}" if self._saved else "nothing: no checkpoint was written"
         return Stopped(
-            f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from {where}",
+            f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from {there}",
             signum,
         )
 
@@ -400,13 +401,19 @@ class Trainer:
         return self.order.after(round + 1 - self.start.position.round, self.config.local_steps)
 
     def _learning_rates(self, round: int) -> list[float]:
-        """Learning rate of each local step of a round."""
-        first, last = self._after(round - 1), self._after(self.rounds - 1).samples
+        """Learning rate of each local step of a round.
+
+        How far the run is, is counted in what ends it: in images, or in local steps under `--rounds`. So
+        another number of workers does not move it. (Both quotients are the same while W stays.)
+        """
+        first, last = self._after(round - 1), self._after(self.rounds - 1)
         each = self.layout.workers * self.config.batch_size
-        return [
-            learning_rate(self.config, first.step + i, (first.samples + i * each) / last)
-            for i in range(self.config.local_steps)
-        ]
+        rates = []
+        for i in range(self.config.local_steps):
+            step, samples = first.step + i, first.samples + i * each
+            done = step / last.step if self.config.rounds else samples / last.samples
+            rates.append(learning_rate(self.config, step, done))
+        return rates
 
     def _axes(self, round: int, trained: Partition) -> dict[str, float]:
         """Where in the run the end of a round is, and what a worker held in it."""

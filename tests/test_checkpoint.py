@@ -248,6 +248,17 @@ def test_the_learning_rate_goes_on_where_it_was(ranks: Ranks, tmp_path: Path) ->
     assert rates == [0.05 * 0.5 * (1 + np.cos(np.pi * s / 2048)) for s in seen]
 
 
+def test_the_learning_rate_goes_on_under_rounds_too(ranks: Ranks, tmp_path: Path) -> None:
+    """Half of the rounds by two workers, half by six, who see thrice the images in as many steps."""
+    options = {"rounds": 4, "batch_size": 32, "local_steps": 4, "output_dir": str(tmp_path)}
+    ranks(train, 1, {**options, "workers": 2})
+    whole = [line["lr"] for line in loss_log(tmp_path) if line["kind"] == "round"]
+    for name in checkpoints(tmp_path)[2:]:
+        shutil.rmtree(tmp_path / "checkpoints" / name)
+    ranks(train, 1, {**options, "workers": 6, "resume": "auto"})
+    assert [line["lr"] for line in loss_log(tmp_path) if line["kind"] == "round"] == whole
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What is refused, and what is set aside.
 

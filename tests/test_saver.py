@@ -5,8 +5,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from resist_ds import storage
 from resist_ds.checkpoint import Checkpoint
 from resist_ds.comm import Comm
 from resist_ds.storage import Entry
+from resist_ds.trainer import Trainer
 from tests.conftest import Ranks
 from tests.saved import checkpoints, digest, outcome, tensors, train
 from tests.test_damage import FILES
@@ -85,6 +88,26 @@ def test_a_run_that_shall_stop_then(how: str, reason: str, ranks: Ranks, tmp_pat
     ranks(train, 1, {"rounds": 3, "resume": "auto", "output_dir": str(tmp_path / "run")})
     for kept in checkpoints(whole):
         assert digest(tmp_path / "run" / "checkpoints" / kept) == digest(whole / "checkpoints" / kept)
+
+
+def stopped_on_full_disk(comm: Comm, folder: Path, options: dict[str, Any]) -> Outcome:
+    """A signal comes in the round whose save fails."""
+    local_steps = Trainer._local_steps
+
+    def with_signal(self: Trainer, round: int, *args: Any) -> Any:
+        report = local_steps(self, round, *args)
+        return replace(report, signal=signal.SIGTERM) if round == 1 else report
+
+    Trainer._local_steps = with_signal  # type: ignore[method-assign]
+    return on_full_disk(comm, folder, options, "state.json", "limit")
+
+
+def test_a_stop_whose_checkpoint_fails_says_from_where_the_run_goes_on(ranks: Ranks, tmp_path: Path) -> None:
+    (result,) = ranks(stopped_on_full_disk, 1, tmp_path, {"rounds": 3, "output_dir": str(tmp_path / "run")})
+    assert result.code == 143
+    assert result.stderr.splitlines()[-1] == (
+        "stopped by SIGTERM after round 2 of 3; --resume auto goes on from round 1"
+    )
 
 
 def test_the_last_checkpoint_is_the_trained_model(ranks: Ranks, tmp_path: Path) -> None:
