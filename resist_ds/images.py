@@ -173,7 +173,7 @@ def _loader_context() -> multiprocessing.context.BaseContext:
     threads, and may wait on one for ever. Spawning each process is as safe, but imports torch once for each.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    context.set_forkserver_preload(["resist_ds.loader_server", "__main__", __name__])
     return context
 
 

@@ -1,6 +1,8 @@
 """Data order, augmentation and data sets: keyed by (seed, epoch, sample), and one line when they fail."""
 
 import os
+import sys
+import subprocess
 import pickle
 import signal
 import time
@@ -555,3 +557,18 @@ GOLDEN_CROPS = [[4, 8, 2, 7, 2], [0, 6, 2, 6, 7], [True, False, True, True, True
 GOLDEN_BOX = ((106, 59, 439, 360), False)
 GOLDEN_DIGITS = "4be0b1659e6ecf760987eb2052cb308d"
 GOLDEN_SYNTHETIC = "9c15fae817673d23986e60206abd5150"
+
+
+def test_server_of_loader_processes_leaves_sigterm_to_the_rank() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from resist_ds.images import _loader_context\n"
+        "from multiprocessing.forkserver import _forkserver as server\n"
+        "_loader_context()\n"
+        "server.ensure_running()\n"
+        "time.sleep(1)\n"
+        "while b'SigIgn' and not int(open(f'/proc/{server._forkserver_pid}/status')"
+        ".read().split('SigIgn:')[1].split()[0], 16) >> signal.SIGTERM - 1 & 1:\n"
+        "    time.sleep(0.1)\n"
+    ).replace("b'SigIgn' and ", "")
+    subprocess.run([sys.executable, "-c", code], timeout=30, check=True)
