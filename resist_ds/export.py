@@ -8,6 +8,7 @@ one. No communication.
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -57,7 +58,8 @@ def export(checkpoint: Checkpoint, out: Path, *, fold: bool = True) -> tuple[str
         os.replace(partial, out)
         storage.sync_folder(out.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise RunError(f"{out} cannot be written ({error.strerror})") from None
     if state.statistics_round == state.round:
         return ()

@@ -191,7 +191,7 @@ class Telemetry:
             cpu=self._comm.device.type == "cpu",
             mixed_precision="no",
             log_with=None if config.log_with == "none" else config.log_with,
-            project_dir=config.output_dir,
+            project_dir=self._path.parent,
         )
         assert accelerator.num_processes == self._comm.size, (accelerator.num_processes, self._comm.size)
         if self._main:
@@ -215,7 +215,7 @@ class Telemetry:
         options: dict[str, Any] = {}
         if config.log_with == "wandb":
             online = _wants_wandb_online(config)
-            options["wandb"] = {"name": config.run_name, "dir": config.output_dir, "save_code": False}
+            options["wandb"] = {"name": config.run_name, "dir": str(self._path.parent), "save_code": False}
             if not online and "WANDB_MODE" not in os.environ:
                 options["wandb"] |= {"mode": "offline"}
             if not online:

@@ -217,10 +217,15 @@ class Trainer:
 
     def _tidy_folder(self) -> None:
         """On rank 0: records that will be written again are cut, an earlier run's files are set aside."""
-        if self.start.here:
-            self.folder.cut_metrics(self.start.position.round)
-        elif place := self.folder.set_aside():
-            self.start.remarks.append(f"the records and checkpoints of an earlier run are now in {place}")
+        try:
+            if self.start.here:
+                self.folder.cut_metrics(self.start.position.round)
+            elif place := self.folder.set_aside():
+                self.start.remarks.append(f"the records and checkpoints of an earlier run are now in {place}")
+        except OSError as error:  # a full disk, say
+            raise UserError(
+                f"--output_dir {self.folder.path} cannot be written to ({error.strerror}): type another folder"
+            ) from None
 
     def _load_data(self) -> Data:
         """The data set, fetched first where that is allowed. Collective: all ranks."""
@@ -318,7 +323,8 @@ class Trainer:
             trained.scale,
             autocast(self.config, self.comm.device),
         )
-        if all(is_finite(values) for pair in result.statistics.values() for values in pair):
+        dtype = getattr(torch, self.config.dtype)  # in which they are saved: float64's may be too large for it
+        if all(is_finite(values.to(dtype)) for pair in result.statistics.values() for values in pair):
             self.statistics, self.statistics_round = result.statistics, round + 1
         return result
 
