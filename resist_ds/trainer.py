@@ -323,7 +323,9 @@ class Trainer:
             trained.scale,
             autocast(self.config, self.comm.device),
         )
-        dtype = getattr(torch, self.config.dtype)  # in which they are saved: float64's may be too large for it
+        dtype = getattr(
+            torch, self.config.dtype
+        )  # in which they are saved: float64's may be too large for it
         if all(is_finite(values.to(dtype)) for pair in result.statistics.values() for values in pair):
             self.statistics, self.statistics_round = result.statistics, round + 1
         return result

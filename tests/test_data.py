@@ -1,10 +1,10 @@
 """Data order, augmentation and data sets: keyed by (seed, epoch, sample), and one line when they fail."""
 
 import os
-import sys
-import subprocess
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from hashlib import md5
 from multiprocessing import active_children
