@@ -31,7 +31,7 @@ from torch import Tensor
 
 from resist_ds import __version__, storage
 from resist_ds.config import SHAPING, Config
-from resist_ds.errors import DamagedError, UserError
+from resist_ds.errors import DamagedError, RunError, UserError
 from resist_ds.models import Blueprint
 from resist_ds.order import Position
 from resist_ds.storage import Spec
@@ -98,7 +98,7 @@ class State:
         content = storage.read_json(path)
         try:
             if content["format"] != FORMAT:
-                raise DamagedError(
+                raise RunError(  # no damage, which would be passed over
                     f"{path} is of format {content['format']}, and this version of resist_ds reads {FORMAT}"
                 )
             state = cls(**content)
@@ -153,7 +153,7 @@ def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, sound or not."""
     try:
         found = [path for path in folder.iterdir() if round_of(path) is not None]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(found, key=lambda path: round_of(path) or 0, reverse=True)
 
@@ -267,8 +267,7 @@ class Checkpoint:
         self._files.close()
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
-        kinds = (*self.optimizer.vectors, *filter(None, [self.optimizer.counter]))
-        state = {kind: self.tensor("optimizer", f"{name}.{kind}") for kind in kinds}
+        state = {k: self.tensor("optimizer", f"{name}.{k}") for k in self.optimizer.kinds}
         return {"parameter": self.tensor("model", name), **state}
 
     @cached_property

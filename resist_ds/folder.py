@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/metrics.jsonl          the records
 OUTPUT_DIR/checkpoints/           round-000040/ …
-OUTPUT_DIR/earlier-1/ …           records and checkpoints of runs that were not resumed
+OUTPUT_DIR/earlier-1/ …           of runs that were not resumed; damaged checkpoints
 OUTPUT_DIR/run.lock, run.json     who is at work here
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from resist_ds.checkpoint import newest_first
+from resist_ds.checkpoint import newest_first, round_of
 from resist_ds.errors import UserError
 
 PARTIAL = ".partial-"  # begins the name of a checkpoint that is not complete
@@ -66,19 +66,43 @@ class RunFolder:
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left out of the way of a new one; returns where it is now, or None."""
-        if not newest_first(self.checkpoints):
+        there = bool(newest_first(self.checkpoints))
+        records = self.metrics.exists() and self.metrics.stat().st_size > 0
+        if not there and not records:
             return None
+        place = self._place()
+        if records:
+            self.metrics.rename(place / self.metrics.name)
+        if there:
+            self.checkpoints.rename(place / self.checkpoints.name)
+        return place
+
+    def set_aside_after(self, round: int) -> Path | None:
+        """Make way for a run that goes on from `round`; returns where newer checkpoints are now, or None.
+
+        Those were passed over because they are damaged; they must neither be taken for this run's later
+        nor push out sound ones. Later records are dropped: the run writes them again.
+        """
+        self._cut_metrics(round)
+        newer = [path for path in newest_first(self.checkpoints) if (round_of(path) or 0) > round]
+        if not newer:
+            return None
+        place = self._place()
+        (place / self.checkpoints.name).mkdir()
+        for path in newer:
+            path.rename(place / self.checkpoints.name / path.name)
+        return place
+
+    def _place(self) -> Path:
+        """A new folder for what is set aside."""
         number = 1
         while (place := self.path / f"earlier-{number}").exists():
             number += 1
         place.mkdir()
-        if self.metrics.exists():
-            self.metrics.rename(place / self.metrics.name)
-        self.checkpoints.rename(place / self.checkpoints.name)
         return place
 
-    def cut_metrics(self, round: int) -> None:
-        """Keep the records up to the end of `round` rounds: a resumed run writes the later ones again."""
+    def _cut_metrics(self, round: int) -> None:
+        """Keep the records up to the end of `round` rounds."""
         kept = []
         try:
             lines = self.metrics.read_text().splitlines()

@@ -30,7 +30,6 @@ from resist_ds.checkpoint import (
     folder_name,
     index_name,
     newest_first,
-    round_of,
     shard_name,
     statistics_names,
 )
@@ -154,10 +153,10 @@ class Saver:
             job.thread.join()
         everyone = self._comm.gather(job.written)
         error = next((w.error for w in everyone if w.error), None)
+        size = 0
         if self._comm.rank == 0:
-            error = self._finish(job, everyone, error)
-        error = self._comm.gather(error)[0]
-        size = sum(entry.size for w in everyone for entry in w.files.values())
+            size, error = self._finish(job, everyone, error)
+        size, error = self._comm.gather((size, error))[0]
         self._job = None
         return Saved(job.state.round, time.perf_counter() - job.started, size, error)
 
@@ -190,23 +189,22 @@ class Saver:
         except Exception as error:  # it must not leave the other ranks waiting
             job.written.error = f"rank {rank}: {_reason(error, job.partial)}"
 
-    def _finish(self, job: "_Job", everyone: list[Written], error: str | None) -> str | None:
-        """On rank 0: put the folder in its place, or remove it; returns why there is no checkpoint."""
+    def _finish(self, job: "_Job", everyone: list[Written], error: str | None) -> tuple[int, str | None]:
+        """On rank 0: put the folder in its place, or remove it; (bytes, why there is no checkpoint)."""
         target = self._folder / folder_name(job.state.round)
         if error is None:
             try:
-                self._complete(job, everyone)
+                size = self._complete(job, everyone)
                 self._put(job.partial, target)
+                self._prune()
+                return size, None
             except Exception as failure:
                 error = _reason(failure, job.partial)
-        if error is not None:
-            shutil.rmtree(job.partial, ignore_errors=True)
-            return error
-        self._prune(job.state.round)
-        return None
+        shutil.rmtree(job.partial, ignore_errors=True)
+        return 0, error
 
-    def _complete(self, job: "_Job", everyone: list[Written]) -> None:
-        """Check that the ranks' files are the model, and add what only one rank writes."""
+    def _complete(self, job: "_Job", everyone: list[Written]) -> int:
+        """Check that the ranks' files are the model, and add what only one rank writes; returns all bytes."""
         files = {name: entry for written in everyone for name, entry in written.files.items()}
         for name, entry in files.items():
             if (job.partial / name).stat().st_size != entry.size:  # not there: another machine's disk
@@ -223,8 +221,9 @@ class Saver:
             content = {"metadata": {"total_size": size}, "weight_map": {n: where[n] for n in specs}}
             files[index_name(group)] = storage.write_json(job.partial / index_name(group), content)
         files[STATE] = storage.write_json(job.partial / STATE, as_json(job.state))
-        storage.seal(job.partial, files)
+        files[storage.MANIFEST] = storage.seal(job.partial, files)
         storage.sync_folder(job.partial)
+        return sum(entry.size for entry in files.values())
 
     def _put(self, partial: Path, target: Path) -> None:
         """Rename; a checkpoint of the same round, which was damaged or is the same, makes way."""
@@ -236,17 +235,13 @@ class Saver:
         if replaced.exists():
             shutil.rmtree(replaced, ignore_errors=True)
 
-    def _prune(self, written: int) -> None:
+    def _prune(self) -> None:
         """Remove what is older than the newest `keep` checkpoints that are whole; damaged ones count not.
 
-        Args:
-            written: round of the checkpoint just written. Newer ones neither count nor go: the run went on
-                from an older one because their bytes are damaged, which a look at names and sizes misses.
+        The newest is the one just written: a resumed run has set aside what was newer.
         """
         whole = 0
         for path in newest_first(self._folder):
-            if (round_of(path) or 0) > written:
-                continue
             if whole >= self._keep:
                 gone = self._folder / f"{REPLACED}{path.name}-{secrets.token_hex(4)}"
                 with suppress(OSError):  # renamed first: a checkpoint is never there in part

@@ -54,13 +54,18 @@ class Signals:
         self._rank = rank
         self._parent = parent or os.getppid()
         self._since = 0.0
+        self._stands = "training had not begun"  # what an end now means
         self._deferred = False
         self._done = threading.Event()
         self._before: dict[int, Any] = {}
 
     def defer(self) -> None:
         """From now on a request waits for the end of the round."""
-        self._deferred = True
+        self._deferred, self._stands = True, "what the round trained is lost"
+
+    def saved(self) -> None:
+        """All is on the disk: from now on nothing is worth waiting for."""
+        self._deferred, self._stands = False, "the checkpoint is complete"
 
     def __enter__(self) -> "Signals":
         if "WORLD_SIZE" in os.environ and os.getppid() != self._parent:
@@ -99,16 +104,15 @@ class Signals:
                 if not _runs(launcher):
                     gone(self)
             if self.received and time.monotonic() - self._since > self._grace:
-                self._leave(f"the round took longer than --grace {self._grace:g}: what it trained is lost")
+                self._leave(f"it took longer than --grace {self._grace:g}: {self._stands}")
 
     def _request(self, signum: signal.Signals) -> None:
-        if not self._deferred:
-            self.received = signum
-            self._leave("training had not begun")
         if self.received is None:
             self.received, self._since = signum, time.monotonic()
+            if not self._deferred:
+                self._leave(self._stands)
         elif time.monotonic() - self._since > ECHO:
-            self._leave("a second signal came: what the round trained is lost")
+            self._leave(f"a second signal came: {self._stands}")
 
     def _launcher_ended(self) -> None:
         if self.received is None:

@@ -53,6 +53,7 @@ class Start:
         choice = comm.collect(lambda: _choose(config, folder) if comm.rank == 0 else Choice())[0]
         self._config = config
         self._checkpoint = comm.agree(lambda: _see(comm.rank, choice)) if choice.path else None
+        self._pretrained: Pretrained | None = None
         self.folder = choice.path
         self.state = self._checkpoint.state if self._checkpoint else None
         self.here = choice.path is not None and folder.holds(choice.path)
@@ -95,7 +96,7 @@ class Start:
         """
         if self._checkpoint is not None:
             _check(options, self._config.overridden, self._checkpoint.state, train_size)
-            if OptimizerState.carried(self._config) != self._checkpoint.optimizer:
+            if OptimizerState.carried(self._config).kinds - self._checkpoint.optimizer.kinds:
                 self.remarks.append("optimizer state that the checkpoint lacks starts at zero")
 
     def source(self, blueprint: Blueprint, scale: float) -> Source:
@@ -111,6 +112,7 @@ class Start:
             return Initialisation(blueprint, config.seed)
         path = Path(config.from_pretrained).expanduser()
         pretrained = Pretrained(path, blueprint, config.seed, scale)
+        self._pretrained = pretrained
         if pretrained.renewed:
             self.remarks.append(
                 f"{' and '.join(pretrained.renewed)} start anew: the file's head has another size"
@@ -127,9 +129,10 @@ class Start:
         }
 
     def close(self) -> None:
-        """Close the checkpoint's files."""
-        if self._checkpoint:
-            self._checkpoint.close()
+        """Close the files that were read."""
+        for source in (self._checkpoint, self._pretrained):
+            if source:
+                source.close()
 
 
 def _see(rank: int, choice: Choice) -> Checkpoint:

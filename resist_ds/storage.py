@@ -108,11 +108,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def seal(folder: Path, files: Mapping[str, Entry]) -> None:
-    """Write the manifest of a folder's files."""
+def seal(folder: Path, files: Mapping[str, Entry]) -> Entry:
+    """Write the manifest of a folder's files; returns its own entry."""
     content: dict[str, Any] = {"files": {name: asdict(files[name]) for name in sorted(files)}}
     content["sha256"] = hashlib.sha256(_dump(content)).hexdigest()
-    write_json(folder / MANIFEST, content)
+    return write_json(folder / MANIFEST, content)
 
 
 def check_sealed(folder: Path) -> dict[str, Entry]:

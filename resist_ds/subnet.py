@@ -39,6 +39,11 @@ class OptimizerState:
             return cls(("exp_avg", "exp_avg_sq"), "step")
         return cls(("momentum_buffer",) if config.momentum else ())
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Names of all that is kept per parameter."""
+        return frozenset((*self.vectors, *([self.counter] if self.counter else [])))
+
     @classmethod
     def carried(cls, config: Config) -> "OptimizerState":
         """What of it outlives a round: nothing under `--optimizer_state reset`."""

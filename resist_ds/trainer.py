@@ -103,7 +103,7 @@ class Trainer:
                 f"--min_blocks {config.min_blocks} is more than {config.model} has: "
                 f"type at most {self.blueprint.pool}, its pool blocks"
             )
-        start.check(self.options, self.data.train_size)
+        comm.agree(lambda: start.check(self.options, self.data.train_size))
         self.order = Order(
             config.seed, self.data.train_size, self.layout.workers, config.batch_size, start.position
         )
@@ -186,8 +186,10 @@ class Trainer:
                 if stop is not None or self._checkpoint_is_due(round, reports[0].due):
                     self._save(round, trained, telemetry, wait=stop is not None)
                 if stop is not None and round + 1 < self.rounds:
-                    raise self._stopped(round, stop)
+                    raise self._stopped(round, stop, signals)
             self._settle(telemetry)
+            if signals:
+                signals.saved()
             telemetry.summary(job.settings())
             facts = (telemetry.totals, self.meter.baseline, self._copies())
             last = self.folder.checkpoints / folder_name(self.rounds)
@@ -219,12 +221,16 @@ class Trainer:
         """On rank 0: records that will be written again are cut, an earlier run's files are set aside."""
         try:
             if self.start.here:
-                self.folder.cut_metrics(self.start.position.round)
-            elif place := self.folder.set_aside():
-                self.start.remarks.append(f"the records and checkpoints of an earlier run are now in {place}")
+                place = self.folder.set_aside_after(self.start.position.round)
+                what = "checkpoints that are not sound"
+            else:
+                place, what = self.folder.set_aside(), "the records and checkpoints of an earlier run"
+            if place:
+                self.start.remarks.append(f"{what} are now in {place}")
         except OSError as error:  # a full disk, say
+            path = self.folder.path
             raise UserError(
-                f"--output_dir {self.folder.path} cannot be written to ({error.strerror}): type another folder"
+                f"--output_dir {path} cannot be written to ({error.strerror}): type another folder"
             ) from None
 
     def _load_data(self) -> Data:
@@ -232,7 +238,16 @@ class Trainer:
         comm, config = self.comm, self.config
         if config.download:
             comm.agree(lambda: download(config) if comm.local_rank == 0 else None)
-        return comm.agree(lambda: load_data(config))
+        data = comm.agree(lambda: load_data(config))
+        sizes = comm.gather((data.train_size, data.test_size, data.num_classes))
+        for rank, size in enumerate(sizes):
+            if size != sizes[0]:  # a machine with another copy
+                words = "{} training and {} test images of {} classes"
+                raise RunError(
+                    f"rank {rank} sees {words.format(*size)}, rank 0 {words.format(*sizes[0])}: "
+                    "--data_dir must hold the same on all machines"
+                )
+        return data
 
     def _batches(self) -> Batches:
         """All batches that this rank's workers will see, in the order in which they are played."""
@@ -293,7 +308,10 @@ class Trainer:
         spoilt = {worker: where for report in reports for worker, where in report.spoilt.items()}
         said = [f"worker {w} met NaN or Inf in round {round + 1}, {spoilt[w]}" for w in sorted(spoilt)]
         if spoilt and self.config.on_nan == "stop":
-            self._settle(telemetry)
+            try:
+                self._settle(telemetry)
+            except RunError as error:
+                telemetry.warn(str(error))
             raise NotFiniteError(
                 f"{'; '.join(said)}. Nothing of this round was averaged or saved: try a lower --lr or "
                 "--clip_grad 1, or --on_nan skip"
@@ -323,9 +341,7 @@ class Trainer:
             trained.scale,
             autocast(self.config, self.comm.device),
         )
-        dtype = getattr(
-            torch, self.config.dtype
-        )  # in which they are saved: float64's may be too large for it
+        dtype = getattr(torch, self.config.dtype)  # as they are saved: float64's may be too large for it
         if all(is_finite(values.to(dtype)) for pair in result.statistics.values() for values in pair):
             self.statistics, self.statistics_round = result.statistics, round + 1
         return result
@@ -389,10 +405,12 @@ class Trainer:
             raise RunError(said)
         telemetry.warn(said)
 
-    def _stopped(self, round: int, signum: int) -> Stopped:
+    def _stopped(self, round: int, signum: int, signals: Signals | None) -> Stopped:
         name, there = signal.Signals(signum).name, "there"
         if self._saved <= round:  # the warning before has said why
             there = f"round {self._saved}" if self._saved else "nothing: no checkpoint was written"
+        elif signals:
+            signals.saved()
         return Stopped(
             f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from {there}",
             signum,

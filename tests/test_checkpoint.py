@@ -381,36 +381,24 @@ def test_when_checkpoints_are_taken(
     assert state["statistics_round"] == 10  # the last one always follows an evaluation
 
 
+@pytest.mark.parametrize("spoil", ["delete", "flip"])
 def test_damaged_checkpoints_do_not_count_among_those_kept(
-    wholes: Callable[[str], Path], ranks: Ranks, tmp_path: Path
+    spoil: str, wholes: Callable[[str], Path], ranks: Ranks, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(wholes("momentum"), tmp_path / "run")
-    for name in ("round-000004", "round-000005", "round-000006"):
-        (folder / "checkpoints" / name / "state.json").unlink()
-    (result,) = ranks(
-        outcome,
-        1,
-        tmp_path,
-        {**KINDS["momentum"], "resume": "auto", "keep": 2, "checkpoint_every": 0, "output_dir": str(folder)},
-    )
-    assert result.code == 0
-    # the last one is new; 4 and 5 are still damaged, and 3, the last sound one before, has not gone for them
-    assert checkpoints(folder) == ["round-000003", "round-000004", "round-000005", "round-000006"]
-    Checkpoint.verified(folder / "checkpoints" / "round-000006").close()
-
-
-def test_a_checkpoint_just_written_is_kept_whatever_newer_ones_look_like(
-    wholes: Callable[[str], Path], ranks: Ranks, tmp_path: Path
-) -> None:
-    """Flipped bits, which only a full check finds: the run goes on from 3 and ends before it replaces 5 and 6."""
+    """Nor do those whose damage only a full check finds push out the sound ones."""
     folder = shutil.copytree(wholes("momentum"), tmp_path / "run")
     for name in ("round-000004", "round-000005", "round-000006"):
         shard = next((folder / "checkpoints" / name).glob("model-*"))
-        shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
-    options = {**KINDS["momentum"], "resume": "auto", "keep": 1, "output_dir": str(folder)}
+        content = shard.read_bytes()
+        shard.unlink()
+        if spoil == "flip":
+            shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    options = {**KINDS["momentum"], "resume": "auto", "keep": 2, "output_dir": str(folder)}
     ranks(train, 1, {**options, "rounds": 4, "schedule": "constant", "override": "rounds,schedule"})
-    assert checkpoints(folder) == ["round-000004", "round-000005", "round-000006"]
-    Checkpoint.verified(folder / "checkpoints" / "round-000004").close()
+    assert checkpoints(folder) == ["round-000003", "round-000004"]
+    for name in checkpoints(folder):
+        Checkpoint.verified(folder / "checkpoints" / name).close()
+    assert checkpoints(folder / "earlier-1") == ["round-000004", "round-000005", "round-000006"]
 
 
 # ------------------------------------------------------------------------------------------------------------

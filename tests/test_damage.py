@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from resist_ds.checkpoint import Checkpoint
-from resist_ds.errors import DamagedError
+from resist_ds.errors import DamagedError, RunError
 from resist_ds.storage import MANIFEST
 from tests.conftest import Ranks, run_ranks
 from tests.saved import checkpoints, outcome, tensors, train
@@ -268,7 +268,6 @@ STATE_EDITS: dict[str, Callable[[Any], None]] = {
     "optimizer": lambda c: c.update(optimizer={"vectors": ["exp_avg"], "counter": None}),
     "no optimizer": lambda c: c.update(optimizer={"vectors": [], "counter": None}),
     "odd optimizer": lambda c: c.update(optimizer=3),
-    "format": lambda c: c.update(format=99),
     "a field is gone": lambda c: c.pop("samples"),
     "a field too many": lambda c: c.update(colour="red"),
     "no config": lambda c: c.update(config={}),
@@ -291,6 +290,13 @@ def test_json_that_is_none_of_ours(name: str, content: bytes, copy: Path) -> Non
     if name != MANIFEST:
         seal(copy)
     refused(copy, name)
+
+
+def test_another_format_is_no_damage_that_a_run_would_pass_over(copy: Path) -> None:
+    change(copy / "state.json", lambda c: c.update(format=99))
+    with pytest.raises(RunError, match="is of format 99, and this version of resist_ds reads 1") as caught:
+        Checkpoint.verified(copy)
+    assert not isinstance(caught.value, DamagedError)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -323,11 +329,14 @@ def test_auto_falls_back_and_says_so(written: Path, tmp_path: Path, ranks: Ranks
     options = {"resume": "auto", "rounds": 2, "output_dir": str(folder)}
     first, second = ranks(outcome, 2, tmp_path, options)
     assert (first.code, second) == (0, (0, ""))
+    warnings = first.stderr.splitlines()
     assert re.fullmatch(
         f"warning: {folder}/checkpoints/round-000002/state.json is damaged: it has .*; "
-        "trying the checkpoint before it\n",
-        first.stderr,
+        "trying the checkpoint before it",
+        warnings[0],
     )
+    assert warnings[1:] == [f"warning: checkpoints that are not sound are now in {folder}/earlier-1"]
+    assert checkpoints(folder / "earlier-1") == ["round-000002"]
     said = (tmp_path / "stdout0").read_text()
     assert f"goes on from {folder}/checkpoints/round-000001: 1 rounds are done" in said
     assert checkpoints(folder) == ["round-000001", "round-000002"]

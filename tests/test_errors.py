@@ -1,5 +1,6 @@
 """What a new user does wrong, and what breaks: one line from one rank, its exit code, and nobody hangs."""
 
+import dataclasses
 import importlib.util
 import os
 import queue
@@ -84,7 +85,13 @@ def _tensorboard_is_not_installed() -> None:
     importlib.util.find_spec = lambda name, *rest: None if name == "tensorboard" else find(name, *rest)
 
 
+def _another_machine_has_other_data() -> None:
+    load = trainer.load_data
+    trainer.load_data = lambda config: load(dataclasses.replace(config, dataset="digits"))
+
+
 SABOTAGE = {
+    "data": _another_machine_has_other_data,
     "defect": _local_steps_have_a_defect,
     "kill": _local_steps_kill_their_rank,
     "tensorboard": _tensorboard_is_not_installed,
@@ -284,6 +291,16 @@ def test_defect_on_one_rank_is_named_by_the_others(ranks: Ranks, tmp_path: Path)
     assert second.code == 1
     assert second.stderr.startswith("Traceback")  # a defect of ours: where it happened is what helps
     assert "in _divide_by_zero" in second.stderr
+
+
+def test_machines_with_different_data(ranks: Ranks, tmp_path: Path) -> None:
+    outcomes = ranks(outcome, 2, tmp_path, TINY | {"output_dir": str(tmp_path / "run")}, "data")
+    line = (
+        "rank 1 sees 1437 training and 360 test images of 10 classes, "
+        "rank 0 2048 training and 512 test images of 10 classes: "
+        "--data_dir must hold the same on all machines"
+    )
+    expect(outcomes, 1, line)
 
 
 def test_killed_rank_does_not_leave_the_others_waiting(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_folder_that_cannot_be_written_to(name: str, tmp_path: Path) -> None:
 def test_set_aside_moves_records_and_checkpoints(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     assert folder.set_aside() is None
-    folder.metrics.write_text("records without a checkpoint")
+    folder.metrics.touch()  # a run that ended before its first round
     assert folder.set_aside() is None
     for number in (1, 2):
         (folder.checkpoints / "round-000007").mkdir(parents=True)
@@ -176,11 +176,14 @@ def test_set_aside_moves_records_and_checkpoints(tmp_path: Path) -> None:
         assert not folder.checkpoints.exists()
     (folder.checkpoints / "round-000001").mkdir(parents=True)  # and no records
     assert folder.set_aside() == tmp_path / "earlier-3"
+    folder.metrics.write_text("records, and no checkpoint")
+    assert folder.set_aside() == tmp_path / "earlier-4"
     for number in (1, 2):
         place = tmp_path / f"earlier-{number}"
         assert (place / "metrics.jsonl").read_text() == f"records {number}"
         assert (place / "checkpoints" / "round-000007" / "state.json").read_text() == f"state {number}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "earlier-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"earlier-{n}" for n in (1, 2, 3, 4)]
+    assert [path.name for path in (tmp_path / "earlier-4").iterdir()] == ["metrics.jsonl"]
     assert [path.name for path in (tmp_path / "earlier-3").iterdir()] == ["checkpoints"]
 
 
@@ -190,18 +193,18 @@ def line(kind: str, round: int) -> str:
 
 @pytest.mark.parametrize("torn", ["", '{"kind": "round", "rou', '{"kind": "round", "round": 3'])
 @pytest.mark.parametrize("round", [0, 1, 2, 9])
-def test_cut_metrics_keeps_the_records_up_to_a_round(round: int, torn: str, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_keeps_the_records_up_to_its_start(round: int, torn: str, tmp_path: Path) -> None:
     whole = [line("round", 1), line("round", 2), line("eval", 2), line("round", 3), line("eval", 3)]
     folder = RunFolder(str(tmp_path))
     folder.metrics.write_text("".join([*whole, line("summary", 3), torn]))
-    folder.cut_metrics(round)
+    assert folder.set_aside_after(round) is None
     kept = [record for record in whole if json.loads(record)["round"] <= round]
     assert folder.metrics.read_text() == "".join(kept)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_cut_metrics_of_a_run_without_records(tmp_path: Path) -> None:
-    RunFolder(str(tmp_path)).cut_metrics(3)
+def test_a_run_that_goes_on_without_records(tmp_path: Path) -> None:
+    assert RunFolder(str(tmp_path)).set_aside_after(3) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,4 +229,16 @@ def test_second_run_into_the_folder_of_one_that_trains(size: int, tmp_path: Path
         done = len(records(output, "round"))
         until(lambda: len(records(output, "round")) > done, "the first run goes on")
     assert first.stderr == ["", ""]
+    (output / "metrics.jsonl").unlink()
     trained(1, tmp_path / "third", output, rounds=1)
+
+
+def test_checkpoints_that_a_run_has_passed_over_are_set_aside(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    for round in (3, 4, 5):
+        (folder.checkpoints / f"round-00000{round}").mkdir(parents=True)
+    assert folder.set_aside_after(5) is None
+    assert folder.set_aside_after(3) == tmp_path / "earlier-1"
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["round-000003"]
+    aside = (tmp_path / "earlier-1" / "checkpoints").iterdir()
+    assert sorted(path.name for path in aside) == ["round-000004", "round-000005"]

@@ -35,7 +35,7 @@ ROUNDS, ASKED = 6, 3  # the request comes in the third round
 OPTIONS = TINY | {"workers": 2, "rounds": ROUNDS, "eval_every": 2, "checkpoint_every": 2, "grace": 60.0}
 ENDLESS = {"rounds": 1_000_000, "eval_every": 0, "checkpoint_every": 0}
 FINISHED = f"stopped by {{}} after round {ASKED} of {ROUNDS}; --resume auto goes on from there\n"
-TOO_LONG = "error: stopped by SIGTERM; the round took longer than --grace 0.5: what it trained is lost\n"
+TOO_LONG = "error: stopped by SIGTERM; it took longer than --grace 0.5: what the round trained is lost\n"
 SECOND = "error: stopped by {}; a second signal came: what the round trained is lost\n"
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 NOT_BEGUN = "error: stopped by {}; training had not begun\n"
@@ -157,6 +157,12 @@ def slow_save(folder: Path, comm: Comm) -> None:
     in_round(folder, comm, act)
 
 
+def slow_end(folder: Path, comm: Comm) -> None:
+    """All is saved, and a tracker takes its time to close."""
+    is_asked(1, 0, 1)(folder, comm)
+    trainer.Telemetry.__exit__ = lambda *args: time.sleep(60)  # type: ignore[method-assign,assignment]
+
+
 def slow_data(folder: Path, comm: Comm) -> None:
     def load_data(config: Config) -> Any:
         (folder / f"reached{comm.rank}").touch()
@@ -173,6 +179,7 @@ PLANS: dict[str, Callable[[Path, Comm], None]] = {
     "one long call": one_long_call,
     "slow other": slow_other,
     "slow save": slow_save,
+    "slow end": slow_end,
     "slow data": slow_data,
 }
 
@@ -313,6 +320,17 @@ def test_grace_ends_before_the_round(size: int, plan: str, tmp_path: Path) -> No
         assert sorted(path.name for path in checkpoints.iterdir()) == [
             f"round-00000{round}" for round in (2, 4, 6)
         ]
+
+
+def test_what_was_saved_is_not_called_lost(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with job(2, tmp_path / "ranks", output, "slow end", grace=2.0) as run:
+        run.reached(0, 1)
+        run.signal(signal.SIGTERM, 0, 1)
+        assert run.ended(8) == [143, 143]
+    said = "error: stopped by SIGTERM; it took longer than --grace 2: the checkpoint is complete\n"
+    assert run.stderr == [said, ""]
+    assert sound(output) == [ASKED, ASKED - 1]
 
 
 @pytest.mark.parametrize("size", [1, 2])
