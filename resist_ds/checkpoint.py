@@ -30,7 +30,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from resist_ds import __version__, storage
-from resist_ds.config import SHAPING, Config
+from resist_ds.config import Config
 from resist_ds.errors import DamagedError, RunError, UserError
 from resist_ds.models import Blueprint
 from resist_ds.order import Position
@@ -61,7 +61,7 @@ class State:
         loss_scales: state of each worker's loss scaler under fp16.
         totals: what the run's records carry on: bytes sent, accuracies, rounds dropped.
         cpu_threads: per rank; on a CPU the last bits depend on it.
-        config: all options but those of this machine; `config_hash` is of those that shape training.
+        config, config_hash: all options but those of this machine, and their hash.
     """
 
     round: int
@@ -128,9 +128,8 @@ def config_to_keep(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """A hash of the options that shape training."""
-    shaping = {name: config[name] for name in SHAPING}
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    """A hash of the options that a checkpoint keeps."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

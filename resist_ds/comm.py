@@ -5,6 +5,7 @@ go over NCCL where every rank has a GPU of its own, else over gloo with their bu
 (several ranks on one GPU, which NCCL refuses; CPU runs). No process group is made during training.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -17,9 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
-from resist_ds.errors import RunError
+from resist_ds.errors import RunError, UserError
 
 T = TypeVar("T")
 
@@ -101,9 +104,34 @@ class Comm:
                 operations.append(dist.P2POp(operation, tensor, rank, tag=tags[rank]))
                 tags[rank] += 1
         self.ledger[kind] += sum(tensor.nbytes for tensor, _ in sends)
-        with self._others():
+        with self.others():
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
+
+    def data_parallel(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients averaged over the ranks in every backward pass. Collective: all ranks.
+
+        The ledger counts a ring all-reduce, as it moves the least: 2(R − 1)/R of each bucket per rank.
+        """
+        if self.size == 1:
+            return module
+        if self.device.type == "cuda" and self.buffer_device.type == "cpu":
+            raise UserError("--strategy ddp needs a GPU for every rank: start fewer ranks")
+
+        group = torch.distributed.group.WORLD
+        assert group is not None
+
+        def counted(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+            self.ledger["gradients"] += 2 * (self.size - 1) * bucket.buffer().nbytes // self.size
+            return allreduce_hook(group, bucket)
+
+        # BatchNorm's buffers are not used in training. torch 2.15 has renamed what leaves them alone.
+        known = inspect.signature(DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        given: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
+        parallel = DistributedDataParallel(module, **given)
+        parallel.register_comm_hook(None, counted)
+        return parallel
 
     def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
         """Start sending `tensor` from rank `root` to all; returns the wait. Collective: all ranks."""
@@ -111,9 +139,9 @@ class Comm:
             return lambda: None
         if self.rank == root:
             self.ledger[kind] += (self.size - 1) * tensor.nbytes
-        with self._others():
+        with self.others():
             work = _deepspeed().broadcast(tensor, root, async_op=True)
-        return self._others()(work.wait)
+        return self.others()(work.wait)
 
     def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
         """Stack every rank's [n, …] rows, rank-major, in host memory. Collective: all ranks, equal shapes."""
@@ -122,7 +150,7 @@ class Comm:
             return rows
         self.ledger[kind] += (self.size - 1) * rows.nbytes
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
-        with self._others():
+        with self.others():
             _deepspeed().all_gather(gathered, rows)
         return torch.cat(gathered)
 
@@ -130,7 +158,7 @@ class Comm:
         """Every rank's (small, picklable) value, by rank. Collective: all ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            with self._others():
+            with self.others():
                 _deepspeed().all_gather_object(values, value)
         return values
 
@@ -176,7 +204,7 @@ class Comm:
         return RunError(f"rank {self.rank} failed with {type(error).__name__}: {error}")
 
     @contextmanager
-    def _others(self) -> Iterator[None]:
+    def others(self) -> Iterator[None]:
         """A collective: one line when another rank is gone (killed, out of memory), and no traceback."""
         try:
             yield

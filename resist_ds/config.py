@@ -87,11 +87,16 @@ class Config:
     )
     cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
 
+    strategy: Literal["resist", "local_sgd", "ddp"] = _option(
+        "resist",
+        "local_sgd: every worker holds the full net, averaged after each round; ddp: torch's "
+        "DistributedDataParallel, the full net with gradients averaged at every step.",
+        group="Protocol",
+    )
     workers: int | None = _option(
         None,
         "W, the number of sub-ResNets; null: one per rank, or 4 on one rank.",
         low=1,
-        group="Protocol",
         free=True,
     )
     local_steps: int = _option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
@@ -249,6 +254,15 @@ class Config:
             raise UserError("--dtype float64 excludes mixed precision: type --mixed_precision no")
         if self.rounds is not None and self.warmup_rounds > self.rounds:
             raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
+        if self.strategy != "resist" and (self.min_blocks or self.warmup_rounds):
+            name = "min_blocks" if self.min_blocks else "warmup_rounds"
+            raise UserError(f"--{name} is for --strategy resist: with {self.strategy} all hold the full net")
+        if self.strategy == "ddp" and self.optimizer_state == "reset":
+            raise UserError("--optimizer_state reset is not for --strategy ddp, which never re-partitions")
+        if self.strategy == "ddp" and self.on_nan == "skip":
+            raise UserError(
+                "--on_nan skip is not for --strategy ddp: a bad gradient reaches all ranks at once"
+            )
         if not self.resume:
             raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
         if self.from_pretrained == "":
@@ -259,12 +273,22 @@ class Config:
                 hint = f" (did you mean {near[0]}?)" if near else f". Those that do: {', '.join(SHAPING)}"
                 raise UserError(f"--override {name!r}: no option of that name shapes training{hint}")
 
+    def least_blocks(self, pool: int) -> int:
+        """Lower bound of K, the pool blocks of each worker: all of them unless the net is partitioned."""
+        return self.min_blocks if self.strategy == "resist" else pool
+
     @property
     def overridden(self) -> tuple[str, ...]:
         """The options that `--override` names."""
         return tuple(
             name.strip().replace("-", "_") for name in (self.override or "").split(",") if name.strip()
         )
+
+    @staticmethod
+    def default(name: str) -> Any:
+        """An option's value where nobody has typed one."""
+        factory = _FIELDS[name].default_factory
+        return _FIELDS[name].default if factory is MISSING else factory()
 
     def to_dict(self) -> dict[str, Any]:
         """All options as a plain dict; `Config(**config.to_dict()) == config`."""

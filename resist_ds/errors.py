@@ -2,9 +2,14 @@
 
 
 class RunError(Exception):
-    """Something outside the program went wrong (an unreadable image, a full disk). Exit code 1."""
+    """Something outside the program went wrong (an unreadable image, a full disk). Exit code 1.
+
+    Attributes:
+        alone: the other ranks do not know of it, so that this one must say it.
+    """
 
     exit_code = 1
+    alone = False
 
 
 class UserError(RunError):

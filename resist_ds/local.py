@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -80,12 +80,14 @@ def local_steps(
     for step, (x, y) in enumerate(islice(batches, len(rates))):
         for group in subnet.optimizer.param_groups:
             group["lr"] = rates[step]
-        micro = len(y) // config.accumulation_steps
-        for x_part, y_part in zip(x.split(micro), y.split(micro), strict=True):
-            with autocast(config, device):
-                logits = subnet.forward(x_part)
-                loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
-            worker.scaler.scale(loss / config.accumulation_steps).backward()
+        parts = config.accumulation_steps
+        micro = len(y) // parts
+        for i, (x_part, y_part) in enumerate(zip(x.split(micro), y.split(micro), strict=True), start=1):
+            with subnet.without_averaging() if i < parts else nullcontext():
+                with autocast(config, device):
+                    logits = subnet.forward(x_part)
+                    loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
+                worker.scaler.scale(loss / parts).backward()
             with torch.no_grad():
                 losses[step] += loss.detach() * len(y_part)
                 right += (logits.argmax(1) == y_part).sum()

@@ -21,6 +21,11 @@ from resist_ds.start import Start
 from resist_ds.subnet import StateLayout
 from resist_ds.telemetry import PHASES, Totals
 
+_STRATEGIES = {
+    "local_sgd": "all of it is averaged after each round",
+    "ddp": "gradients are averaged at every step",
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -35,13 +40,14 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Every option and what was derived from them, for the tracker and the summary."""
+        pool = self.blueprint.pool
         versions = {name: version(name) for name in ("torch", "timm", "accelerate", "deepspeed")}
         return {
             **self.config.to_dict(),
             "W": self.layout.workers,
             "R": self.layout.ranks,
-            "K": slots_for(self.layout.workers, self.blueprint.pool, self.config.min_blocks),
-            "P": self.blueprint.pool,
+            "K": slots_for(self.layout.workers, pool, self.config.least_blocks(pool)),
+            "P": pool,
             "total_rounds": self.rounds,
             "device": self.comm.device.type,
             "backend": self.comm.backend,
@@ -69,7 +75,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     """What will happen: model and data, W, R and K, who plays what, the device, the start; and hints."""
     config, comm, layout, blueprint, data = job.config, job.comm, job.layout, job.blueprint, job.data
     pool, workers = blueprint.pool, layout.workers
-    slots = slots_for(workers, pool, config.min_blocks)
+    slots = slots_for(workers, pool, config.least_blocks(pool))
     held = blueprint.parameters_held(slots) / blueprint.parameters
     plays = [f"rank {r}: {_span(layout.workers_of(r))}" for r in range(min(8, layout.ranks))]
     more = f", … ({layout.ranks} ranks)" if layout.ranks > 8 else ""
@@ -90,7 +96,11 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         lines.append(
             f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model"
         )
-    if workers > 1 and slots == pool:
+    if config.strategy != "resist":
+        lines.append(
+            f"strategy {config.strategy}: every worker holds the full net; {_STRATEGIES[config.strategy]}"
+        )
+    elif workers > 1 and slots == pool:
         lines.append(
             f"note: every worker holds the whole pool of {pool}, so nothing is partitioned (local SGD)"
         )
@@ -130,6 +140,8 @@ def closing(
     where = "allocated on the GPU" if job.comm.device.type == "cuda" else "resident"
     ours, local_sgd = job.planned_bytes(job.config.min_blocks), job.planned_bytes(deal.pool)
     state = "with momentum" if job.config.optimizer_state == "travel" else "momentum stays behind"
+    if job.config.strategy == "ddp":
+        state = "gradients"
     lines = [
         _table(rows),
         f"peaks are those of the rank ({where}); "
@@ -144,7 +156,7 @@ def closing(
         f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
         f"{_count(layout.ranks, 'rank')}",
     ]
-    if layout.workers > 1:
+    if layout.workers > 1 and job.config.strategy == "resist":
         lines.append(
             f"  planned for one worker per rank: {_megabytes(ours)}, local SGD {_megabytes(local_sgd)} "
             f"({100 * ours / local_sgd:.0f} %)"

@@ -76,6 +76,12 @@ class Start:
     def workers(self, ranks: int) -> int:
         """W: what was asked for, the resumed run's, or one per rank. Raises `UserError` if it is below R."""
         asked, before = self._config.workers, self.state.workers if self.state else None
+        if self._config.strategy == "ddp":
+            if (asked or ranks) != ranks:
+                raise UserError(
+                    f"--strategy ddp has one worker per rank: type --workers {ranks}, or start {asked} ranks"
+                )
+            return ranks
         workers = asked or before or (ranks if ranks > 1 else 4)
         if workers < ranks:
             whose = "" if asked else " of the checkpoint"
@@ -179,16 +185,18 @@ def _choose(config: Config, folder: RunFolder) -> Choice:
 
 
 def _check(config: Mapping[str, Any], overridden: tuple[str, ...], state: State, train_size: int) -> None:
-    different = [name for name in SHAPING if config[name] != state.config[name]]
+    # An option that a checkpoint does not know came later: its run had what is now the default.
+    before = {name: state.config.get(name, Config.default(name)) for name in SHAPING}
+    different = [name for name in SHAPING if config[name] != before[name]]
     for name in _NOT_TO_CHANGE:
         if name in different:
             raise UserError(
-                f"--{name} is {config[name]}, and the checkpoint's is {state.config[name]}: type that, "
+                f"--{name} is {config[name]}, and the checkpoint's is {before[name]}: type that, "
                 "or start from an export of it, by --from_pretrained"
             )
     refused = [name for name in different if name not in overridden]
     if refused:
-        fields = ", ".join(f"--{n} is {_shown(config[n])} and was {_shown(state.config[n])}" for n in refused)
+        fields = ", ".join(f"--{n} is {_shown(config[n])} and was {_shown(before[n])}" for n in refused)
         raise UserError(
             f"the checkpoint's run had other options: {fields}; type the old ones, or --override "
             f"{','.join((*overridden, *refused))}"

@@ -8,9 +8,11 @@ a plain loop does the same, at the same speed.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,10 +176,14 @@ class Subnet:
         if config.activation_checkpointing:
             self.module.set_grad_checkpointing()  # type: ignore[operator]
         self.optimizer = self._optimizer(config)
-        self.forward: Callable[[Tensor], Tensor] = self.module
+        self.forward: nn.Module = self.module
         if config.compile:
-            self.forward = torch.compile(self.module)
+            self.forward = torch.compile(self.module)  # type: ignore[assignment]
         self.module.train()
+
+    def without_averaging(self) -> AbstractContextManager[Any]:
+        """The context of a backward pass whose gradients the next one adds to, where ranks average them."""
+        return getattr(self.forward, "no_sync", nullcontext)()
 
     def _bind(self, blueprint: Blueprint) -> None:
         layout = self.layout

@@ -31,6 +31,7 @@ from resist_ds.memory import GIB, PeakMemory
 from resist_ds.saver import Saved
 from resist_ds.start import Start
 
+SYNC = ("aggregate", "hand_off", "gradients")  # kinds of exchange that training needs
 PHASES = ("local", "sync", "eval", "save")
 
 
@@ -114,7 +115,7 @@ def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
         "perf/samples_per_s": images / (local + sync),
         "perf/local_s": local,
         "perf/sync_s": sync,
-        "comm/bytes_round": sum(f.sent["aggregate"] + f.sent["hand_off"] for f in ranks),
+        "comm/bytes_round": sum(f.sent[kind] for f in ranks for kind in SYNC),
         **memory_metrics(ranks),
     }
 
@@ -152,7 +153,7 @@ class Totals:
                 self.seconds[worker] += tally.seconds  # type: ignore[assignment]
             for phase, peak in figures.peak.items():
                 self.peak[phase, rank] = max(peak, self.peak.get((phase, rank), 0))
-            self.bytes_sync += figures.sent["aggregate"] + figures.sent["hand_off"]
+            self.bytes_sync += sum(figures.sent[kind] for kind in SYNC)
             self.bytes_total += figures.sent.total()
 
 

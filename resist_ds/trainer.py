@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,7 +53,7 @@ def main(config: Config, parent: int | None = None) -> int:
             finally:
                 trainer.folder.release()
         except RunError as error:
-            if comm.rank == 0:
+            if comm.rank == 0 or error.alone:
                 prefix = "" if isinstance(error, Stopped) else "error: "
                 with suppress(OSError):  # a terminal that is gone changes no exit code
                     print(f"{prefix}{error}", file=sys.stderr, flush=True)
@@ -111,6 +111,8 @@ class Trainer:
 
         self.deal = self.partition(start.position.round)
         self.workers = comm.agree(self._place_workers)
+        if config.strategy == "ddp":
+            self.workers.subnet.forward = comm.data_parallel(self.workers.subnet.forward)
         dtype = getattr(torch, config.dtype)
         self.statistics = comm.agree(lambda: start.statistics(self.blueprint, dtype))
         self.statistics_round = start.state.statistics_round if start.state else None
@@ -169,7 +171,7 @@ class Trainer:
             for round in range(self.start.position.round, self.rounds):
                 trained, self.deal = self.deal, self.partition(round + 1)
                 with self.meter.phase("local"):
-                    reports = self.comm.collect(partial(self._local_steps, round, batches, signals))
+                    reports = self._train(partial(self._local_steps, round, batches, signals))
                 dropped = self._dropped(round, reports, telemetry)
                 with self.meter.phase("sync"):
                     self._synchronise(trained, self.deal, dropped)
@@ -199,7 +201,7 @@ class Trainer:
     def partition(self, round: int) -> Partition:
         """Who holds what in a round. Warm-up rounds are local SGD: they deal the whole pool to everyone."""
         config, pool = self.config, self.blueprint.pool
-        least = pool if round < config.warmup_rounds else config.min_blocks
+        least = pool if round < config.warmup_rounds else config.least_blocks(pool)
         return sample_partition(config.seed, round, workers=self.layout.workers, pool=pool, min_blocks=least)
 
     @property
@@ -263,8 +265,24 @@ class Trainer:
         dtype = getattr(torch, self.config.dtype)
         return self.data.train_batches(schedule(), self.comm.device, dtype, self.config.channels_last)
 
+    def _train(self, work: Callable[[], Report]) -> list[Report]:
+        """Every rank's local steps, and what each has to say of them. Collective: all ranks."""
+        if self.config.strategy != "ddp":
+            return self.comm.collect(work)
+        # Ranks that average gradients at every step cannot agree on a failure in between: the one that
+        # fails says so itself and leaves, and the others notice.
+        try:
+            with self.comm.others():
+                report = work()
+        except UserError:
+            raise
+        except RunError as error:
+            error.alone = True
+            raise
+        return self.comm.gather(report)
+
     def _local_steps(self, round: int, batches: Batches, signals: Signals | None) -> Report:
-        """ℓ local steps of every worker that this rank plays. No communication."""
+        """ℓ local steps of every worker that this rank plays. No communication, but for ddp's gradients."""
         config = self.config
         if config.optimizer_state == "reset":
             self.workers.reset_optimizer()
@@ -322,6 +340,8 @@ class Trainer:
 
     def _synchronise(self, trained: Partition, deal: Partition, dropped: frozenset[int]) -> None:
         """Average every piece and bring it to its next holders. Collective: all ranks."""
+        if self.config.strategy == "ddp":  # all hold the same at any time
+            return
         self.sync.aggregate(self.workers.vectors, trained, dropped)
         self.sync.hand_off(self.workers.vectors, trained, deal)
         if deal.slots != trained.slots:  # warm-up is over

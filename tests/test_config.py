@@ -399,9 +399,20 @@ def test_accelerate_configs_go_through_torchrun(name):
         (["--from_pretrained", ""], "--from_pretrained is empty: type a safetensors file"),
         (["--checkpoint_async", "maybe"], "--checkpoint_async is 'maybe': type true or false or null"),
         (["--on_nan", "go"], "--on_nan is 'go': type one of stop, skip"),
+        (["--strategy", "dpp"], "--strategy is 'dpp': type one of resist, local_sgd, ddp"),
+        (
+            ["--strategy", "ddp", "--min_blocks", "2"],
+            "--min_blocks is for --strategy resist: with ddp all hold",
+        ),
+        (["--strategy", "local_sgd", "--warmup_rounds", "1"], "--warmup_rounds is for --strategy resist"),
+        (
+            ["--strategy", "ddp", "--optimizer_state", "reset"],
+            "--optimizer_state reset is not for --strategy ddp",
+        ),
+        (["--strategy", "ddp", "--on_nan", "skip"], "--on_nan skip is not for --strategy ddp"),
     ],
 )
-def test_mistakes_about_checkpoints(typed, line):
+def test_mistakes_that_only_combinations_show(typed, line):
     assert error(*typed).startswith(line)
 
 
