@@ -30,6 +30,7 @@ JOB = [
     *("--local_steps", "2", "--rounds", "3", "--eval_every", "2", "--calibration_samples", "32"),
     *("--seed", "7", "--cpu_threads", "1", "--log_with", "none"),
 ]
+DDP = [*JOB, "--workers", "2", "--strategy", "ddp"]
 TYPO = ["--modle", "preact_resnet_small"]
 TYPO_LINE = "error: unknown option --modle (did you mean --model?)"
 
@@ -145,6 +146,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
         "accelerate": ("accelerate", JOB, TRAIN),
         "deepspeed": ("deepspeed", JOB, TRAIN),
         "torchrun": ("torchrun", JOB, TRAIN),
+        **{f"{name}: ddp": (name, DDP, TRAIN) for name in ("accelerate", "deepspeed", "torchrun")},
         "python": ("python", JOB, TRAIN),
         "torchrun 1": ("torchrun 1", JOB, TRAIN),
         "accelerate --cpu": ("accelerate --cpu", JOB, TRAIN),
@@ -195,6 +197,18 @@ def test_two_ranks_give_the_same_run_whoever_launches_them(launcher: str, launch
     if launcher == "deepspeed" and torch.cuda.device_count():
         pytest.skip("deepspeed makes the GPUs visible again, on which sums are rounded in another order")
     assert run == expected
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_ddp_gives_the_same_run_whoever_launches_it(launcher: str, launches: Launches) -> None:
+    run, expected = (
+        trained(launches(f"{launcher}: ddp"), ranks=2),
+        trained(launches("torchrun: ddp"), ranks=2),
+    )
+    if launcher == "deepspeed" and torch.cuda.device_count():
+        pytest.skip("deepspeed makes the GPUs visible again, on which sums are rounded in another order")
+    assert run == expected
+    assert expected[-1]["strategy"] == "ddp" and expected[-1]["W"] == 2
 
 
 @pytest.mark.parametrize("launcher", ["torchrun 1", "accelerate --cpu"])
