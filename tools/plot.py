@@ -167,7 +167,7 @@ def memory(groups: dict[str, list[Run]]) -> Any:
 def blocks(run: Run) -> Any:
     """Who owned which pool block in which round, by colour; a dot where several workers held it.
 
-    The options are those at the run's end: if it was resumed with another W, earlier rounds were dealt otherwise.
+    The options are those at the run's end: with another W, earlier rounds were dealt otherwise.
     """
     import matplotlib.pyplot as plt
 
