@@ -330,10 +330,10 @@ class Trainer:
                 self._settle(telemetry)
             except RunError as error:
                 telemetry.warn(str(error))
-            raise NotFiniteError(
-                f"{'; '.join(said)}. Nothing of this round was averaged or saved: try a lower --lr or "
-                "--clip_grad 1, or --on_nan skip"
-            )
+            remedy = "try a lower --lr or --clip_grad 1"
+            if self.config.strategy != "ddp":
+                remedy += ", or --on_nan skip"
+            raise NotFiniteError(f"{'; '.join(said)}. Nothing of this round is kept: {remedy}")
         for line in said:
             telemetry.warn(f"{line}: its round is dropped")
         return frozenset(spoilt)

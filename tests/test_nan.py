@@ -265,7 +265,7 @@ def stopped(comm: Comm, folder: Path, options: dict[str, Any], cases: list[Accid
     return result
 
 
-ADVICE = "Nothing of this round was averaged or saved: try a lower --lr or --clip_grad 1, or --on_nan skip\n"
+ADVICE = "Nothing of this round is kept: try a lower --lr or --clip_grad 1, or --on_nan skip\n"
 
 
 @pytest.mark.ranks

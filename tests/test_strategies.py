@@ -136,3 +136,13 @@ def test_a_rank_that_fails_between_two_averages_says_so_itself(
     if which == 1:  # rank 0 speaks for those who have lost another
         assert stderr.startswith("error: rank 0 lost another rank, whose own message or exit says why")
         assert stderr.count("\n") == 1
+
+
+def test_nan_reaches_all_ranks_of_ddp_at_once(ranks: Ranks, tmp_path: Path) -> None:
+    options = {"strategy": "ddp", "workers": None, "lr": 1e30, "output_dir": str(tmp_path / "run")}
+    first, second = ranks(outcome, 2, tmp_path, options)
+    assert (first.code, second) == (3, (3, ""))
+    assert first.stderr.startswith("error: worker 0 met NaN or Inf in round 1, ")
+    assert "; worker 1 met NaN or Inf in round 1, " in first.stderr
+    assert first.stderr.endswith(". Nothing of this round is kept: try a lower --lr or --clip_grad 1\n")
+    assert not (tmp_path / "run" / "checkpoints").exists()
