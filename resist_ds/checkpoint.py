@@ -13,12 +13,11 @@ What is read here was checked first: every byte, then every name, shape and type
 
 import hashlib
 import json
-import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +31,8 @@ from torch import Tensor
 from resist_ds import __version__, storage
 from resist_ds.config import Config
 from resist_ds.errors import DamagedError, RunError, UserError
-from resist_ds.models import Blueprint
+from resist_ds.initial import Piece
+from resist_ds.models import Blueprint, Statistics
 from resist_ds.order import Position
 from resist_ds.storage import Spec
 from resist_ds.subnet import OptimizerState
@@ -40,7 +40,6 @@ from resist_ds.subnet import OptimizerState
 FORMAT = 1
 STATE = "state.json"
 GROUPS = ("model", "optimizer")
-Statistics = dict[str, tuple[Tensor, Tensor]]  # {timm name of a BatchNorm: (mean [C], variance [C])}
 
 # Of this machine or of this start of the run, and nobody else's business.
 _PRIVATE = ("data_dir", "output_dir", "from_pretrained", "resume", "override", "wandb_project", "run_name")
@@ -238,12 +237,12 @@ class Checkpoint:
             raise DamagedError(f"{self.folder / STATE}: {self.state.dtype!r} is no type of parameters")
         return all_specs(self.blueprint, dtype, self.optimizer)
 
-    def shared(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def shared(self) -> Piece:
         """(timm name, {"parameter" or state name: tensor}) of the shared part, read one by one."""
         for name, _ in self.blueprint.shared:
             yield name, self._state_of(name)
 
-    def block(self, block: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def block(self, block: int) -> Piece:
         """The same of a pool block, by the names inside it."""
         for name, _ in self.blueprint.block:
             yield name, self._state_of(self.blueprint.block_prefix(block) + name)
@@ -291,7 +290,7 @@ class Checkpoint:
             return set()
         path = self.folder / index_name(group)
         index = self._index(group)
-        size = sum(spec.dtype.itemsize * math.prod(spec.shape) for spec in expected.values())
+        size = sum(spec.nbytes for spec in expected.values())
         if index["total_size"] != size:
             raise DamagedError(
                 f"{path}: total_size is {index['total_size']}, and the tensors have {size} bytes"
@@ -318,11 +317,6 @@ class Checkpoint:
                         f"has {_words(expected[name])}"
                     )
         return {path.name, *by_file}
-
-
-def as_json(state: State) -> dict[str, Any]:
-    """What `state.json` holds."""
-    return asdict(state)
 
 
 def _words(spec: Spec) -> str:

@@ -28,14 +28,13 @@ from torch.overrides import TorchFunctionMode
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data
-from resist_ds.models import Blueprint
+from resist_ds.models import Blueprint, Statistics
 from resist_ds.partition import Layout, Partition
 from resist_ds.subnet import Subnet, bind
 
 GROUP = 32  # calibration images that are convolved, and summed for the statistics, together
 
 Named = tuple[str, nn.Module]  # a module and its timm name in the global model
-Statistics = dict[str, tuple[Tensor, Tensor]]  # {timm name of a BatchNorm: (mean [C], variance [C])}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resist_ds.errors import UserError
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of every parameter, in module order
+Statistics = dict[str, tuple[Tensor, Tensor]]  # {timm name of a BatchNorm: (mean [C], variance [C])}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,9 +24,7 @@ from resist_ds.checkpoint import (
     GROUPS,
     STATE,
     State,
-    Statistics,
     all_specs,
-    as_json,
     folder_name,
     index_name,
     newest_first,
@@ -36,7 +34,7 @@ from resist_ds.checkpoint import (
 from resist_ds.comm import Comm
 from resist_ds.errors import DamagedError
 from resist_ds.folder import PARTIAL, REPLACED
-from resist_ds.models import Blueprint
+from resist_ds.models import Blueprint, Statistics
 from resist_ds.storage import Entry, Spec
 from resist_ds.subnet import OptimizerState
 from resist_ds.workers import StateDict
@@ -217,10 +215,10 @@ class Saver:
             assert where.keys() == specs.keys() and count == len(specs), (
                 "the ranks' tensors are not the model's"
             )
-            size = sum(_bytes(spec) for spec in specs.values())
+            size = sum(spec.nbytes for spec in specs.values())
             content = {"metadata": {"total_size": size}, "weight_map": {n: where[n] for n in specs}}
             files[index_name(group)] = storage.write_json(job.partial / index_name(group), content)
-        files[STATE] = storage.write_json(job.partial / STATE, as_json(job.state))
+        files[STATE] = storage.write_json(job.partial / STATE, asdict(job.state))
         files[storage.MANIFEST] = storage.seal(job.partial, files)
         storage.sync_folder(job.partial)
         return sum(entry.size for entry in files.values())
@@ -285,10 +283,6 @@ def _buffers(specs: Mapping[str, Spec], statistics: Statistics) -> Iterator[tupl
         for name, value in zip(names, values, strict=True):
             yield name, value.to(specs[name].dtype)
         yield count, torch.zeros((), dtype=specs[count].dtype)
-
-
-def _bytes(spec: Spec) -> int:
-    return spec.dtype.itemsize * int(torch.Size(spec.shape).numel())
 
 
 def _reason(error: Exception, folder: Path) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from resist_ds.checkpoint import Checkpoint, State, Statistics, newest_first
+from resist_ds.checkpoint import Checkpoint, State, newest_first
 from resist_ds.comm import Comm
 from resist_ds.config import SHAPING, Config
 from resist_ds.errors import DamagedError, RunError, UserError
 from resist_ds.folder import RunFolder
 from resist_ds.initial import Initialisation, Pretrained, Source
-from resist_ds.models import Blueprint
+from resist_ds.models import Blueprint, Statistics
 from resist_ds.order import Position
 from resist_ds.storage import MANIFEST
 from resist_ds.subnet import OptimizerState

@@ -8,6 +8,7 @@ No communication.
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -36,6 +36,10 @@ class Spec(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, spec in specs.items():
-        start, end = end, end + spec.dtype.itemsize * int(np.prod(spec.shape, dtype=np.int64))
+        start, end = end, end + spec.nbytes
         shape = list(spec.shape)
         header[name] = {"dtype": DTYPES[spec.dtype], "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header, separators=(",", ":")).encode()

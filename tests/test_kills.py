@@ -26,7 +26,7 @@ from resist_ds.folder import PARTIAL
 from resist_ds.saver import Saver
 from tests.conftest import _CONTEXT, _rank, run_ranks
 from tests.saved import OPTIONS, checkpoints, digest, loss_log, train
-from tests.test_launchers import command, descendants
+from tests.test_launchers import clean_environment, command, descendants
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 
@@ -180,11 +180,10 @@ def attempt_launched(options: dict[str, Any], kill: Kill, folder: Path) -> tuple
     typed = [word for name, value in options.items() for word in (f"--{name}", str(value).lower())]
     typed[typed.index("--output_dir") + 1] = str(folder)
     before = len(loss_log(folder)) if (folder / "metrics.jsonl").exists() else 0
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "PYTHONPATH"))}
     process = subprocess.Popen(
         [*command(kill.where, train_py), *typed],
         cwd=folder.parent,
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        env=clean_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

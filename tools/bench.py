@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import shutil
 import statistics
@@ -287,11 +286,7 @@ def bench_save(args: argparse.Namespace) -> Times | None:
     trainer.folder.release()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     saves = [record for record in records if record["kind"] == "checkpoint"]
-    tensors = sum(
-        spec.dtype.itemsize * math.prod(spec.shape)
-        for group in trainer.saver.specs.values()
-        for spec in group.values()
-    )
+    tensors = sum(spec.nbytes for group in trainer.saver.specs.values() for spec in group.values())
 
     content = os.urandom(saves[-1]["save/bytes"] // comm.size)
     path = folder / f"bare-{comm.rank}"
