@@ -5,7 +5,6 @@ go over NCCL where every rank has a GPU of its own, else over gloo with their bu
 (several ranks on one GPU, which NCCL refuses; CPU runs). No process group is made during training.
 """
 
-import inspect
 import logging
 import os
 import re
@@ -13,16 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from resist_ds.errors import RunError, UserError
+from resist_ds.errors import RunError
 
 T = TypeVar("T")
 
@@ -66,12 +63,22 @@ class Comm:
                 rank=self.rank,
                 world_size=self.size,
             )
-            _deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
+            deepspeed_comm().init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
         shared_gpu = any(self.gather(self.local_size > gpus))
         self.buffer_device = torch.device("cpu") if shared_gpu else self.device
         if self.size > 1 and self.buffer_device.type == "cuda":
             # NCCL's first operation must be everyone's; in an exchange some ranks may have nothing to move.
             torch.distributed.all_reduce(torch.zeros(1, device=self.device))
+
+    @cached_property
+    def alone(self) -> torch.distributed.ProcessGroup | None:
+        """A process group of this rank alone. Collective: all ranks, at first use."""
+        if self.size == 1:
+            return None  # of all there are
+        groups = [torch.distributed.new_group([rank]) for rank in range(self.size)]
+        mine = groups[self.rank]
+        assert isinstance(mine, torch.distributed.ProcessGroup)
+        return mine
 
     @property
     def backend(self) -> str:
@@ -95,7 +102,7 @@ class Comm:
         """
         if not sends and not receives:
             return
-        dist = _deepspeed()
+        dist = deepspeed_comm()
         operations = []
         for operation, messages in ((dist.irecv, receives), (dist.isend, sends)):
             tags: Counter[int] = Counter()
@@ -108,31 +115,6 @@ class Comm:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
 
-    def data_parallel(self, module: nn.Module) -> nn.Module:
-        """`module` with its gradients averaged over the ranks in every backward pass. Collective: all ranks.
-
-        The ledger counts a ring all-reduce, as it moves the least: 2(R − 1)/R of each bucket per rank.
-        """
-        if self.size == 1:
-            return module
-        if self.device.type == "cuda" and self.buffer_device.type == "cpu":
-            raise UserError("--strategy ddp needs a GPU for every rank: start fewer ranks")
-
-        group = torch.distributed.group.WORLD
-        assert group is not None
-
-        def counted(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-            self.ledger["gradients"] += 2 * (self.size - 1) * bucket.buffer().nbytes // self.size
-            return allreduce_hook(group, bucket)
-
-        # BatchNorm's buffers are not used in training. torch 2.15 has renamed what leaves them alone.
-        known = inspect.signature(DistributedDataParallel).parameters
-        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        given: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
-        parallel = DistributedDataParallel(module, **given)
-        parallel.register_comm_hook(None, counted)
-        return parallel
-
     def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
         """Start sending `tensor` from rank `root` to all; returns the wait. Collective: all ranks."""
         if self.size == 1:
@@ -140,7 +122,7 @@ class Comm:
         if self.rank == root:
             self.ledger[kind] += (self.size - 1) * tensor.nbytes
         with self.others():
-            work = _deepspeed().broadcast(tensor, root, async_op=True)
+            work = deepspeed_comm().broadcast(tensor, root, async_op=True)
         return self.others()(work.wait)
 
     def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
@@ -151,7 +133,7 @@ class Comm:
         self.ledger[kind] += (self.size - 1) * rows.nbytes
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
         with self.others():
-            _deepspeed().all_gather(gathered, rows)
+            deepspeed_comm().all_gather(gathered, rows)
         return torch.cat(gathered)
 
     def gather(self, value: T) -> list[T]:
@@ -159,7 +141,7 @@ class Comm:
         values: list[Any] = [value] * self.size
         if self.size > 1:
             with self.others():
-                _deepspeed().all_gather_object(values, value)
+                deepspeed_comm().all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
@@ -220,7 +202,7 @@ class Comm:
 
 
 @cache
-def _deepspeed() -> Any:
+def deepspeed_comm() -> Any:
     """deepspeed.comm, imported on first use: a run on one rank does not wait for it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns
     import deepspeed.comm

@@ -23,7 +23,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from .deepspeed_config import check as check_deepspeed
+from .deepspeed_config import options_of
 from .errors import UserError
+from .strategy import STRATEGIES, Strategy
 
 T = TypeVar("T")
 
@@ -87,11 +90,20 @@ class Config:
     )
     cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
 
-    strategy: Literal["resist", "local_sgd", "ddp"] = _option(
-        "resist",
-        "local_sgd: every worker holds the full net, averaged after each round; ddp: torch's "
-        "DistributedDataParallel, the full net with gradients averaged at every step.",
-        group="Protocol",
+    strategy: Literal["resist", "local_sgd", "stochastic_depth", "ddp", "fsdp", "zero1", "zero2", "zero3"] = (
+        _option(
+            "resist",
+            "resist, or a baseline: local_sgd (the full net on every worker, averaged after each round), "
+            "stochastic_depth (one worker, of whose pool min_blocks random blocks run in a step), ddp, "
+            "fsdp (FSDP2), zero1, zero2, zero3 (DeepSpeed).",
+            group="Protocol",
+        )
+    )
+    deepspeed_config: str | None = _option(
+        None,
+        "DeepSpeed's JSON file. With resist: each sub-ResNet in an engine of its own; null with zero1-3: "
+        "ds_configs/zero1.json and so on.",
+        free=True,
     )
     workers: int | None = _option(
         None,
@@ -127,8 +139,10 @@ class Config:
     weight_decay: float = _option(5e-4, "Weight decay, on every parameter as in the paper.")
     label_smoothing: float = _option(0.0, "Label smoothing of the training loss.", below=1)
     clip_grad: float = _option(0.0, "Largest gradient norm of a sub-ResNet; 0: no clipping.")
-    schedule: Literal["step", "cosine", "constant"] = _option(
-        "step", "Learning rate over the run; step: divided by 10 at 50 % and again at 75 % of training."
+    schedule: Literal["step", "cosine", "constant", "deepspeed"] = _option(
+        "step",
+        "Learning rate over the run; step: divided by 10 at 50 % and again at 75 % of training; deepspeed: "
+        "the scheduler in --deepspeed_config.",
     )
     lr_warmup_steps: int = _option(0, "Local steps of linear warm-up of the learning rate.")
 
@@ -254,15 +268,7 @@ class Config:
             raise UserError("--dtype float64 excludes mixed precision: type --mixed_precision no")
         if self.rounds is not None and self.warmup_rounds > self.rounds:
             raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
-        if self.strategy != "resist" and (self.min_blocks or self.warmup_rounds):
-            name = "min_blocks" if self.min_blocks else "warmup_rounds"
-            raise UserError(f"--{name} is for --strategy resist: with {self.strategy} all hold the full net")
-        if self.strategy == "ddp" and self.optimizer_state == "reset":
-            raise UserError("--optimizer_state reset is not for --strategy ddp, which never re-partitions")
-        if self.strategy == "ddp" and self.on_nan == "skip":
-            raise UserError(
-                "--on_nan skip is not for --strategy ddp: a bad gradient reaches all ranks at once"
-            )
+        self._check_strategy()
         if not self.resume:
             raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
         if self.from_pretrained == "":
@@ -273,9 +279,54 @@ class Config:
                 hint = f" (did you mean {near[0]}?)" if near else f". Those that do: {', '.join(SHAPING)}"
                 raise UserError(f"--override {name!r}: no option of that name shapes training{hint}")
 
+    def _check_strategy(self) -> None:
+        strategy, depth = self.strategy, self.strategy == "stochastic_depth"
+        if not self.way.partitions and (self.warmup_rounds or (self.min_blocks and not depth)):
+            name = "min_blocks" if self.min_blocks and not depth else "warmup_rounds"
+            raise UserError(f"--{name} is for --strategy resist: with {strategy} all hold the full net")
+        if depth and not self.min_blocks:
+            raise UserError(
+                "--strategy stochastic_depth runs --min_blocks random pool blocks a step: type their number"
+            )
+        if depth and self.compile:
+            raise UserError("--compile is not for --strategy stochastic_depth, whose net always changes")
+        if (self.way.lockstep or depth) and self.optimizer_state == "reset":
+            raise UserError(
+                f"--optimizer_state reset is not for --strategy {strategy}, which never re-partitions"
+            )
+        if self.way.lockstep and self.on_nan == "skip":
+            raise UserError(
+                f"--on_nan skip is not for --strategy {strategy}: a bad gradient reaches all ranks at once"
+            )
+        if self.deepspeed_config == "":
+            raise UserError("--deepspeed_config is empty: type DeepSpeed's JSON file")
+        if self.deepspeed_config is not None and not (self.way.partitions or self.way.stage):
+            raise UserError(
+                f"--deepspeed_config is for --strategy resist and zero1 to zero3, not for {strategy}"
+            )
+        engines = self.way.spread or self.deepspeed_config is not None
+        if engines and self.mixed_precision == "fp16":
+            raise UserError("--mixed_precision fp16 is not for FSDP2 and DeepSpeed here: type bf16")
+        if engines and self.compile:
+            raise UserError("--compile is not for FSDP2 and DeepSpeed here: leave it out")
+        if engines and self.channels_last:
+            raise UserError("--channels_last is not for FSDP2 and DeepSpeed here: leave it out")
+        if self.way.stage and self.dtype == "float64":
+            raise UserError(f"--strategy {strategy} computes in float32: type --dtype float32")
+        check_deepspeed(self)
+
+    @property
+    def way(self) -> Strategy:
+        """The facts of `--strategy`."""
+        return STRATEGIES[self.strategy]
+
     def least_blocks(self, pool: int) -> int:
-        """Lower bound of K, the pool blocks of each worker: all of them unless the net is partitioned."""
-        return self.min_blocks if self.strategy == "resist" else pool
+        """Lower bound of the pool blocks in a worker's vector: all of them unless the net is partitioned."""
+        return self.way.least_blocks(pool, self.min_blocks)
+
+    def test_scale(self, slots: int, pool: int) -> float:
+        """Scale of the pool's residuals at test time."""
+        return self.way.test_scale(slots, pool, self.min_blocks)
 
     @property
     def overridden(self) -> tuple[str, ...]:
@@ -326,6 +377,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     from_files = [given for t in typed if t.name == "config" for given in _yaml_file(t.value)]
     print_config = [f"--print_config={t.value}".rstrip("=") for t in typed if t.name == "print_config"]
     options = from_files + [t for t in typed if t.name in _FIELDS]
+    if any(t.name == "deepspeed" for t in typed) and not any(o.name == "deepspeed_config" for o in options):
+        raise UserError("--deepspeed needs a file: type --deepspeed_config FILE.json")
+    options = _deepspeed_file(options) + options
 
     # Each alone first, so that an error names its option and file whatever jsonargparse's message looks like.
     for name, value, where in options:
@@ -340,6 +394,16 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     return Config(**{name: values[name] for name in _FIELDS})
 
 
+def _deepspeed_file(options: Sequence[_Given]) -> list[_Given]:
+    """What a DeepSpeed file decides; `Config` refuses what was typed to the contrary."""
+    named = [given for given in options if given.name == "deepspeed_config" and given.value != "null"]
+    if not named or not named[-1].value:
+        return []
+    file = named[-1].value
+    found = options_of(file).items()
+    return [_Given(option, str(value), f"{file}: {name}") for option, (name, value) in found]
+
+
 def _command_line(argv: Sequence[str]) -> Iterator[_Given]:
     """Cuts the command line into options; unlike argparse it allows `--lr -1e-3` and `--local-steps`."""
     rest = list(argv)
@@ -349,12 +413,12 @@ def _command_line(argv: Sequence[str]) -> Iterator[_Given]:
             raise UserError(f"unexpected {token!r}: every option starts with --, for instance --lr 0.1")
         option, equals, value = token.partition("=")
         name = option[2:].replace("-", "_") if option.startswith("--") else ""
-        if name not in (*_FIELDS, "config", "print_config", "local_rank"):
+        if name not in (*_FIELDS, "config", "print_config", "local_rank", "deepspeed"):
             raise UserError(f"unknown option {option}{_suggest(name or option[1:], '--')}")
         if not equals and name != "print_config":
             if rest and (not rest[0].startswith("-") or _is_number(rest[0])):
                 value = rest.pop(0)
-            elif bool in _kinds(name):
+            elif bool in _kinds(name) or name == "deepspeed":
                 value = "true"
             else:
                 raise UserError(f"--{name} needs a value: type {_expected(name)}")

@@ -3,18 +3,13 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resist_ds.config import Config
-from resist_ds.subnet import Subnet
-from resist_ds.workers import Worker
+from resist_ds.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -47,63 +42,22 @@ def learning_rate(config: Config, step: int, done: float) -> float:
     return config.lr * factor * warm
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass under `--mixed_precision`.
-
-    Without its cache: that finds the cast of a weight by the tensor's identity, and evaluation puts one
-    block after the other into the same tensors.
-    """
-    dtypes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[config.mixed_precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
-
-
-def local_steps(
-    subnet: Subnet,
-    worker: Worker,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    *,
-    rates: Sequence[float],
-    config: Config,
-) -> Tally:
-    """Train one worker, whose state is in `subnet`, on its next batches.
+def local_steps(engine: Engine, batches: Iterator[tuple[Tensor, Tensor]], *, rates: Sequence[float]) -> Tally:
+    """Train the worker whose state is in `engine` on its next batches.
 
     Args:
         rates: the learning rate of each of these local steps.
     """
-    device = subnet.vector.device
-    losses = torch.zeros(len(rates), dtype=torch.float64, device=device)
-    right = torch.zeros((), dtype=torch.int64, device=device)
+    losses: list[Tensor] = []
+    rights: list[Tensor] = []
     images = 0
     start = time.perf_counter()
-    parameters = list(subnet.module.parameters())
-    for step, (x, y) in enumerate(islice(batches, len(rates))):
-        for group in subnet.optimizer.param_groups:
-            group["lr"] = rates[step]
-        parts = config.accumulation_steps
-        micro = len(y) // parts
-        for i, (x_part, y_part) in enumerate(zip(x.split(micro), y.split(micro), strict=True), start=1):
-            with subnet.without_averaging() if i < parts else nullcontext():
-                with autocast(config, device):
-                    logits = subnet.forward(x_part)
-                    loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
-                worker.scaler.scale(loss / parts).backward()
-            with torch.no_grad():
-                losses[step] += loss.detach() * len(y_part)
-                right += (logits.argmax(1) == y_part).sum()
-        if config.clip_grad:
-            worker.scaler.unscale_(subnet.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)
-        worker.scaler.step(subnet.optimizer)
-        worker.scaler.update()
-        subnet.optimizer.zero_grad(set_to_none=True)
+    for rate, (x, y) in zip(rates, batches, strict=False):
+        loss, right = engine.step(x, y, rate)
+        losses.append(loss)
+        rights.append(right)
         images += len(y)
-    each, right_total = losses.tolist(), int(right)  # waits for the device
+    each = torch.stack(losses).tolist()  # waits for the device
+    seconds = time.perf_counter() - start
     spoilt_at = next((step for step, loss in enumerate(each) if not math.isfinite(loss)), None)
-    return Tally(sum(each), right_total, images, time.perf_counter() - start, spoilt_at)
-
-
-def is_finite(vector: Tensor) -> bool:
-    """Whether no element is NaN or Inf; without a copy of it."""
-    low, high = torch.aminmax(vector)  # NaNs are propagated
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return Tally(sum(each), int(torch.stack(rights).sum()), images, seconds, spoilt_at)

@@ -21,11 +21,6 @@ from resist_ds.start import Start
 from resist_ds.subnet import StateLayout
 from resist_ds.telemetry import PHASES, Totals
 
-_STRATEGIES = {
-    "local_sgd": "all of it is averaged after each round",
-    "ddp": "gradients are averaged at every step",
-}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -76,7 +71,11 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     config, comm, layout, blueprint, data = job.config, job.comm, job.layout, job.blueprint, job.data
     pool, workers = blueprint.pool, layout.workers
     slots = slots_for(workers, pool, config.least_blocks(pool))
-    held = blueprint.parameters_held(slots) / blueprint.parameters
+    sub_resnet = blueprint.parameters_held(slots)
+    held = config.way.parameters_held(blueprint.parameters, sub_resnet, comm.size) / blueprint.parameters
+    blocks = f"K = {slots} of {pool} pool blocks" if config.way.partitions else f"the pool of {pool} blocks"
+    if config.way.spread_parameters:
+        blocks = "a share of every tensor"
     plays = [f"rank {r}: {_span(layout.workers_of(r))}" for r in range(min(8, layout.ranks))]
     more = f", … ({layout.ranks} ranks)" if layout.ranks > 8 else ""
     lines = [
@@ -84,7 +83,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{data.name}: {data.train_size:,} training and {data.test_size:,} test images, "
         f"{data.num_classes} classes, {data.img_size}×{data.img_size}",
         f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}, "
-        f"each with K = {slots} of {pool} pool blocks: {100 * held:.0f} % of the parameters",
+        f"each with {blocks}: {100 * held:.0f} % of the parameters",
         f"who plays whom: {'; '.join(plays)}{more}",
         f"device: {_device(comm)}, {_count(config.cpu_threads, 'CPU thread')} per rank, "
         f"{'exchange over ' + comm.backend if comm.size > 1 else 'nothing to send'}",
@@ -97,9 +96,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
             f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model"
         )
     if config.strategy != "resist":
-        lines.append(
-            f"strategy {config.strategy}: every worker holds the full net; {_STRATEGIES[config.strategy]}"
-        )
+        lines.append(f"strategy {config.strategy}: {config.way.says}")
     elif workers > 1 and slots == pool:
         lines.append(
             f"note: every worker holds the whole pool of {pool}, so nothing is partitioned (local SGD)"
@@ -123,7 +120,11 @@ def closing(
         checkpoint: the last one.
     """
     blueprint, layout = job.blueprint, job.layout
-    held, full = blueprint.parameters_held(deal.slots), blueprint.parameters
+    full, way = blueprint.parameters, job.config.way
+    held = way.parameters_held(full, blueprint.parameters_held(deal.slots), layout.ranks)
+    blocks = (
+        "spread" if way.spread_parameters else f"{deal.slots if way.partitions else deal.pool} of {deal.pool}"
+    )
     rows = [("worker", "rank", "blocks held", "parameters held", *(f"peak {p}" for p in PHASES), "samples/s")]
     for worker in range(layout.workers):
         rank = layout.rank_of(worker)
@@ -131,7 +132,7 @@ def closing(
             (
                 str(worker),
                 str(rank),
-                f"{deal.slots} of {deal.pool}",
+                blocks,
                 f"{held / 1e6:.2f} M of {full / 1e6:.2f} M ({100 * held / full:.0f} %)",
                 *(f"{totals.peak.get((phase, rank), 0) / GIB:.2f} GiB" for phase in PHASES),
                 f"{totals.images[worker] / totals.seconds[worker]:.0f}",
@@ -140,8 +141,8 @@ def closing(
     where = "allocated on the GPU" if job.comm.device.type == "cuda" else "resident"
     ours, local_sgd = job.planned_bytes(job.config.min_blocks), job.planned_bytes(deal.pool)
     state = "with momentum" if job.config.optimizer_state == "travel" else "momentum stays behind"
-    if job.config.strategy == "ddp":
-        state = "gradients"
+    if way.lockstep:
+        state = "gradients, and parameters where they are spread"
     lines = [
         _table(rows),
         f"peaks are those of the rank ({where}); "

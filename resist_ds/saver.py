@@ -36,8 +36,7 @@ from resist_ds.errors import DamagedError
 from resist_ds.folder import PARTIAL, REPLACED
 from resist_ds.models import Blueprint, Statistics
 from resist_ds.storage import Entry, Spec
-from resist_ds.subnet import OptimizerState
-from resist_ds.workers import StateDict
+from resist_ds.subnet import OptimizerState, StateDict
 
 Tensors = dict[str, dict[str, Tensor]]  # {group: {name: tensor}}
 

@@ -76,12 +76,20 @@ class Start:
     def workers(self, ranks: int) -> int:
         """W: what was asked for, the resumed run's, or one per rank. Raises `UserError` if it is below R."""
         asked, before = self._config.workers, self.state.workers if self.state else None
-        if self._config.strategy == "ddp":
+        strategy = self._config.strategy
+        if self._config.way.lockstep:
             if (asked or ranks) != ranks:
                 raise UserError(
-                    f"--strategy ddp has one worker per rank: type --workers {ranks}, or start {asked} ranks"
+                    f"--strategy {strategy} has one worker per rank: type --workers {ranks}, or start "
+                    f"{asked} ranks"
                 )
             return ranks
+        if strategy == "stochastic_depth":
+            if (asked or ranks) != 1 or ranks != 1:
+                raise UserError(
+                    "--strategy stochastic_depth has one worker: type --workers 1, and start one rank"
+                )
+            return 1
         workers = asked or before or (ranks if ranks > 1 else 4)
         if workers < ranks:
             whose = "" if asked else " of the checkpoint"

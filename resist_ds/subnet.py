@@ -8,11 +8,9 @@ a plain loop does the same, at the same speed.
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resist_ds.config import Config
 from resist_ds.models import Blueprint, Shapes
+
+StateDict = dict[str, dict[str, Tensor]]  # {name: {"parameter": …, "momentum_buffer": …}}
 
 ALIGNMENT = 32  # elements; every tensor starts on a 128-byte boundary (of float32), as kernels prefer
 
@@ -97,6 +97,11 @@ class PartLayout:
             return flat.view(out, height, width, inner).permute(0, 3, 1, 2)
         return flat.view(shape)
 
+    def tensors(self, part: Tensor) -> StateDict:
+        """{name: {"parameter" or the name of an optimizer state: view}}."""
+        state = self.optimizer_views(part)
+        return {name: {"parameter": view, **state[name]} for name, view in self.views(part).items()}
+
     def optimizer_views(self, part: Tensor) -> dict[str, dict[str, Tensor]]:
         """{name: {state name: view}}, as a torch optimizer keeps it per parameter."""
         views: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self.shapes}
@@ -139,6 +144,18 @@ class StateLayout:
     def slot_part(self, vector: Tensor, slot: int) -> Tensor:
         return vector.narrow(0, self.slot_offset(slot), self.block.numel)
 
+    def tensors(self, vector: Tensor, prefix: Callable[[int], str]) -> StateDict:
+        """All tensors of a vector, named as in the sub-ResNet.
+
+        Args:
+            prefix: slot → what the names of its tensors begin with.
+        """
+        found = self.shared.tensors(self.shared_part(vector))
+        for slot in range(self.slots):
+            part = self.block.tensors(self.slot_part(vector, slot))
+            found |= {prefix(slot) + name: tensors for name, tensors in part.items()}
+        return found
+
     def reset_optimizer(self, vector: Tensor) -> None:
         """Forget momentum, as the release does at every re-partition (`--optimizer_state reset`)."""
         self.shared_part(vector)[self.shared.parameters :].zero_()
@@ -146,71 +163,85 @@ class StateLayout:
             self.slot_part(vector, slot)[self.block.parameters :].zero_()
 
 
-def bind(module: nn.Module, views: Mapping[str, Tensor]) -> None:
-    """Make the parameters of a meta-device module the given views, and give BatchNorm its buffers.
+class Worker:
+    """One sub-ResNet's training state.
 
-    In training mode BatchNorm then uses batch statistics and touches no buffer; only evaluation
-    writes them, and only evaluation mode reads them.
+    Attributes:
+        index: 0 … W−1.
+        vector: parameters and optimizer state, laid out by `StateLayout`.
+        scaler: the loss scale of fp16, which is part of a worker's state.
+        spoilt: whether the local steps that it has just done met NaN or Inf.
     """
+
+    def __init__(self, index: int, vector: Tensor, scaler: torch.amp.GradScaler):
+        self.index = index
+        self.vector = vector
+        self.scaler = scaler
+        self.spoilt = False
+
+
+def bind(module: nn.Module, views: Mapping[str, Tensor]) -> None:
+    """Make the parameters of a meta-device module the given views, and give BatchNorm its buffers."""
     for name, view in views.items():
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(view))
-    like = next(iter(views.values()))
+    use_batch_statistics(module, like=next(iter(views.values())))
+    assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def use_batch_statistics(module: nn.Module, like: Tensor) -> None:
+    """Make BatchNorm use batch statistics in training mode and touch no buffer; and give it buffers.
+
+    Only evaluation writes these, and only evaluation mode reads them.
+    """
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.track_running_stats = False
             part.running_mean = like.new_zeros(part.num_features)
             part.running_var = like.new_ones(part.num_features)
             part.num_batches_tracked = torch.zeros((), dtype=torch.long, device=like.device)
-    assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
 
 
 class Subnet:
     """The one net on this rank's device, bound to a vector; the rank's workers take turns in it."""
 
-    def __init__(self, blueprint: Blueprint, layout: StateLayout, config: Config, device: torch.device):
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        layout: StateLayout,
+        config: Config,
+        device: torch.device,
+        vector: Tensor | None = None,
+    ):
+        """
+        Args:
+            vector: to bind it to; default: a new one, of zeros.
+        """
         self.layout = layout
-        self.vector = torch.zeros(layout.numel, dtype=getattr(torch, config.dtype), device=device)
+        if vector is None:
+            vector = torch.zeros(layout.numel, dtype=getattr(torch, config.dtype), device=device)
+        self.vector = vector
         self.module = blueprint.subnet(layout.slots)
-        self._bind(blueprint)
+        tensors = layout.tensors(vector, blueprint.block_prefix)
+        bind(self.module, {name: each.pop("parameter") for name, each in tensors.items()})
         if config.activation_checkpointing:
             self.module.set_grad_checkpointing()  # type: ignore[operator]
-        self.optimizer = self._optimizer(config)
-        self.forward: nn.Module = self.module
-        if config.compile:
-            self.forward = torch.compile(self.module)  # type: ignore[assignment]
+        self.optimizer = optimizer_of(config, list(self.module.parameters()))
+        for name, parameter in self.module.named_parameters():
+            if tensors[name]:  # beforehand, since a parameter without a gradient would never get it
+                self.optimizer.state[parameter] = tensors[name]
         self.module.train()
 
-    def without_averaging(self) -> AbstractContextManager[Any]:
-        """The context of a backward pass whose gradients the next one adds to, where ranks average them."""
-        return getattr(self.forward, "no_sync", nullcontext)()
 
-    def _bind(self, blueprint: Blueprint) -> None:
-        layout = self.layout
-        parts = [("", layout.shared, layout.shared_part(self.vector))]
-        for slot in range(layout.slots):
-            parts.append((blueprint.block_prefix(slot), layout.block, layout.slot_part(self.vector, slot)))
-        views = {prefix + n: view for prefix, part, v in parts for n, view in part.views(v).items()}
-        self._state = {
-            prefix + n: state for prefix, part, v in parts for n, state in part.optimizer_views(v).items()
-        }
-        bind(self.module, views)
-
-    def _optimizer(self, config: Config) -> torch.optim.Optimizer:
-        parameters = list(self.module.parameters())
-        optimizer: torch.optim.Optimizer
-        if config.optimizer == "adamw":
-            # fused keeps the step counters on the device, where they travel with their piece
-            optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
-        else:
-            optimizer = torch.optim.SGD(
-                parameters,
-                config.lr,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                weight_decay=config.weight_decay,
-            )
-        for name, parameter in self.module.named_parameters():
-            if self._state[name]:  # beforehand, since a parameter without a gradient would never get it
-                optimizer.state[parameter] = self._state[name]
-        return optimizer
+def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that a run's options ask for."""
+    if config.optimizer == "adamw":
+        # fused keeps the step counters on the device, where they travel with their piece
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )

@@ -19,21 +19,24 @@ from resist_ds.checkpoint import State, config_hash, config_to_keep, folder_name
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data, download, load_data
+from resist_ds.deepspeed_config import scheduler_of
+from resist_ds.engine import autocast, is_finite
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
 from resist_ds.evaluate import Evaluation, Result
 from resist_ds.folder import RunFolder
-from resist_ds.local import Tally, autocast, is_finite, learning_rate, local_steps
+from resist_ds.local import Tally, learning_rate, local_steps
 from resist_ds.memory import one_line_when_out
 from resist_ds.models import Blueprint
 from resist_ds.order import Order, Position
 from resist_ds.partition import Layout, Partition, sample_partition
 from resist_ds.saver import Saved, Saver
 from resist_ds.signals import Signals
+from resist_ds.spread import SpreadNet
 from resist_ds.start import Start
-from resist_ds.subnet import OptimizerState
+from resist_ds.subnet import OptimizerState, Worker
 from resist_ds.sync import Synchroniser
 from resist_ds.telemetry import Meter, Telemetry
-from resist_ds.workers import Worker, Workers
+from resist_ds.workers import Workers
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -109,10 +112,11 @@ class Trainer:
         )
         self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
 
+        if config.deepspeed_config is not None:
+            comm.alone  # noqa: B018  # made by all ranks together, before each makes its engine
         self.deal = self.partition(start.position.round)
         self.workers = comm.agree(self._place_workers)
-        if config.strategy == "ddp":
-            self.workers.subnet.forward = comm.data_parallel(self.workers.subnet.forward)
+        self.workers.connect()
         dtype = getattr(torch, config.dtype)
         self.statistics = comm.agree(lambda: start.statistics(self.blueprint, dtype))
         self.statistics_round = start.state.statistics_round if start.state else None
@@ -204,17 +208,23 @@ class Trainer:
         least = pool if round < config.warmup_rounds else config.least_blocks(pool)
         return sample_partition(config.seed, round, workers=self.layout.workers, pool=pool, min_blocks=least)
 
+    def _test_scale(self, trained: Partition) -> float:
+        return self.config.test_scale(trained.slots, trained.pool)
+
     @property
     def options(self) -> dict[str, Any]:
         """The options as a checkpoint keeps them, with the data set's values in place of nulls."""
         classes, size = self.data.num_classes, self.data.img_size
         return config_to_keep(replace(self.config, num_classes=classes, img_size=size))
 
-    def _place_workers(self) -> Workers:
+    def _place_workers(self) -> Workers | SpreadNet:
         config, blueprint, state = self.config, self.blueprint, self.start.state
-        source = self.start.source(blueprint, self.deal.scale)
+        source = self.start.source(blueprint, self._test_scale(self.deal))
         with one_line_when_out(self.comm.device, self.comm.rank):
-            workers = Workers(self.comm, self.layout, blueprint, config, self.deal, source)
+            place = (self.comm, self.layout, blueprint, config, self.deal, source)
+            if config.way.spread:
+                return SpreadNet(*place)
+            workers = Workers(*place, self.start.position.step)
         if state and state.loss_scales:
             workers.set_loss_scales(state.loss_scales)
         return workers
@@ -267,7 +277,7 @@ class Trainer:
 
     def _train(self, work: Callable[[], Report]) -> list[Report]:
         """Every rank's local steps, and what each has to say of them. Collective: all ranks."""
-        if self.config.strategy != "ddp":
+        if not self.config.way.lockstep:
             return self.comm.collect(work)
         # Ranks that average gradients at every step cannot agree on a failure in between: the one that
         # fails says so itself and leaves, and the others notice.
@@ -282,16 +292,16 @@ class Trainer:
         return self.comm.gather(report)
 
     def _local_steps(self, round: int, batches: Batches, signals: Signals | None) -> Report:
-        """ℓ local steps of every worker that this rank plays. No communication, but for ddp's gradients."""
+        """ℓ local steps of every worker that this rank plays. No communication, but for lockstep's."""
         config = self.config
-        if config.optimizer_state == "reset":
+        if config.optimizer_state == "reset" and isinstance(self.workers, Workers):
             self.workers.reset_optimizer()
         spoilt: dict[int, str] = {}
         rates = self._learning_rates(round)
         try:
             with one_line_when_out(self.comm.device, self.comm.rank):
                 for worker in self.workers.turns():
-                    tally = local_steps(self.workers.subnet, worker, batches, rates=rates, config=config)
+                    tally = local_steps(self.workers.engine, batches, rates=rates)
                     where = self._spoilt(round, tally, worker)
                     if where:
                         worker.spoilt, spoilt[worker.index] = True, where
@@ -317,7 +327,7 @@ class Trainer:
         if tally.spoilt_at is not None:
             step = self._after(round - 1).step + tally.spoilt_at + 1
             return f"first in the loss of local step {step}"
-        if not is_finite(self.workers.subnet.vector):
+        if not self.workers.engine.is_finite():
             return f"in the weights or momentum after local step {self._after(round).step}"
         return None
 
@@ -331,7 +341,7 @@ class Trainer:
             except RunError as error:
                 telemetry.warn(str(error))
             remedy = "try a lower --lr or --clip_grad 1"
-            if self.config.strategy != "ddp":
+            if not self.config.way.lockstep:
                 remedy += ", or --on_nan skip"
             raise NotFiniteError(f"{'; '.join(said)}. Nothing of this round is kept: {remedy}")
         for line in said:
@@ -340,8 +350,9 @@ class Trainer:
 
     def _synchronise(self, trained: Partition, deal: Partition, dropped: frozenset[int]) -> None:
         """Average every piece and bring it to its next holders. Collective: all ranks."""
-        if self.config.strategy == "ddp":  # all hold the same at any time
+        if self.config.way.lockstep:  # all hold the same at any time
             return
+        assert isinstance(self.workers, Workers)
         self.sync.aggregate(self.workers.vectors, trained, dropped)
         self.sync.hand_off(self.workers.vectors, trained, deal)
         if deal.slots != trained.slots:  # warm-up is over
@@ -353,12 +364,12 @@ class Trainer:
 
     def _evaluate(self, round: int, trained: Partition) -> Result:
         """Test the global model with the test scale of the round just trained. Collective: all ranks."""
-        self.workers.prepare_evaluation()
+        subnet, vectors = self.workers.for_evaluation(self.deal)
         result = self.evaluation.run(
-            self.workers.subnet,
-            self.workers.vectors,
+            subnet,
+            vectors,
             self.deal,
-            trained.scale,
+            self._test_scale(trained),
             autocast(self.config, self.comm.device),
         )
         dtype = getattr(torch, self.config.dtype)  # as they are saved: float64's may be too large for it
@@ -388,7 +399,7 @@ class Trainer:
             workers=self.layout.workers,
             slots=self.deal.slots,
             pool=self.deal.pool,
-            test_scale=trained.scale,
+            test_scale=self._test_scale(trained),
             statistics_round=self.statistics_round,
             dtype=self.config.dtype,
             optimizer=asdict(self.saver.optimizer),
@@ -453,6 +464,9 @@ class Trainer:
         another number of workers does not move it. (Both quotients are the same while W stays.)
         """
         first, last = self._after(round - 1), self._after(self.rounds - 1)
+        if self.config.schedule == "deepspeed":
+            scheduled = self._scheduled(last.step)
+            return [scheduled(first.step + i) for i in range(self.config.local_steps)]
         each = self.layout.workers * self.config.batch_size
         rates = []
         for i in range(self.config.local_steps):
@@ -460,6 +474,13 @@ class Trainer:
             done = step / last.step if self.config.rounds else samples / last.samples
             rates.append(learning_rate(self.config, step, done))
         return rates
+
+    def _scheduled(self, steps: int) -> Callable[[int], float]:
+        """The DeepSpeed file's learning rates, of a run of so many local steps."""
+        from resist_ds.parallel import deepspeed_schedule  # which imports much
+
+        scheduler = scheduler_of(self.config, steps)
+        return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)
 
     def _axes(self, round: int, trained: Partition) -> dict[str, float]:
         """Where in the run the end of a round is, and what a worker held in it."""
@@ -469,6 +490,8 @@ class Trainer:
             "global_step": position.step,
             "samples_seen": position.samples,
             "lr": self._learning_rates(round)[-1],
-            "mem/params_held": self.blueprint.parameters_held(trained.slots),
+            "mem/params_held": self.config.way.parameters_held(
+                self.blueprint.parameters, self.blueprint.parameters_held(trained.slots), self.comm.size
+            ),
             "mem/params_full": self.blueprint.parameters,
         }

@@ -24,8 +24,8 @@ from resist_ds.data import Data, load_data
 from resist_ds.models import CIFAR_NETS, Blueprint
 from resist_ds.order import Order
 from resist_ds.partition import Partition, sample_partition
+from resist_ds.subnet import StateDict
 from resist_ds.trainer import Trainer
-from resist_ds.workers import StateDict
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resist_ds import local
+from resist_ds import engine
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import load_data
@@ -132,14 +132,14 @@ def evaluate(comm, config, *, order="given", tests=TESTS, workers=WORKERS, memor
         evaluation.memory = memory
     if transit is not None:
         evaluation.transit = transit
-    held.prepare_evaluation()
+    held.for_evaluation(deal)
     before = {w: v.clone() for w, v in held.vectors.items()}
     seen = []
     last = held.subnet.module.get_submodule(plan.family.after[-1])
     hook = last.register_forward_hook(lambda _, __, logits: seen.append(logits.double()))
     sent = comm.ledger["eval"]
     result = evaluation.run(
-        held.subnet, held.vectors, deal, deal.scale, local.autocast(config, torch.device("cpu"))
+        held.subnet, held.vectors, deal, deal.scale, engine.autocast(config, torch.device("cpu"))
     )
     hook.remove()
 

@@ -23,16 +23,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from resist_ds import local, trainer
+from resist_ds import engine, local, trainer
 from resist_ds.comm import Comm
 from resist_ds.config import Config
+from resist_ds.engine import TorchEngine
 from resist_ds.local import Tally
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, Partition, chunk_bounds, sample_partition
-from resist_ds.subnet import StateLayout, Subnet
+from resist_ds.subnet import StateLayout
 from resist_ds.sync import Synchroniser
 from resist_ds.trainer import Trainer
-from resist_ds.workers import Worker
 from tests.conftest import Ranks
 from tests.test_sync import (
     BASE,
@@ -145,13 +145,13 @@ def hashes(folder: Path) -> dict[str, str]:
 _local_steps = local.local_steps
 
 
-def local_steps(
-    subnet: Subnet, worker: Worker, batches: Iterator[tuple[Tensor, Tensor]], **options: Any
-) -> Tally:
+def local_steps(own: TorchEngine, batches: Iterator[tuple[Tensor, Tensor]], **options: Any) -> Tally:
     """The real ones, with the accident that is meant for this worker and round."""
     watched = Watched.latest
     seen = watched.rounds_seen[-1]
-    accident = watched.accidents.get((watched.round, worker.index), Accident("nothing", -1, 0.0))
+    worker = watched.layout.workers_of(watched.comm.rank)[len(seen.losses)]
+    subnet = own.subnet
+    accident = watched.accidents.get((watched.round, worker), Accident("nothing", -1, 0.0))
     convolutions = [p for p in subnet.module.parameters() if p.ndim == 4]
     victim = convolutions[accident.tensor % len(convolutions)]
     losses: list[float] = []
@@ -181,12 +181,12 @@ def local_steps(
         if len(losses) - 1 == accident.step and accident.what == "gradient":
             spoil(victim.grad)
 
-    local.F = SimpleNamespace(cross_entropy=cross_entropy)  # type: ignore[assignment]
+    engine.F = SimpleNamespace(cross_entropy=cross_entropy)  # type: ignore[assignment]
     hook = subnet.optimizer.register_step_pre_hook(before_update)
-    tally = _local_steps(subnet, worker, delivered(), **options)
+    tally = _local_steps(own, delivered(), **options)
     hook.remove()
-    seen.ended[worker.index] = subnet.vector.numpy().copy()
-    seen.losses[worker.index] = losses
+    seen.ended[worker] = subnet.vector.numpy().copy()
+    seen.losses[worker] = losses
     return tally
 
 

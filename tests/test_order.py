@@ -19,9 +19,9 @@ from resist_ds.config import Config
 from resist_ds.models import Blueprint
 from resist_ds.order import Order, Position
 from resist_ds.partition import Layout, counted, sample_partition, spread
-from resist_ds.subnet import StateLayout
+from resist_ds.subnet import StateDict, StateLayout, Worker
 from resist_ds.trainer import Trainer
-from resist_ds.workers import StateDict, Worker, Workers
+from resist_ds.workers import Workers
 from tests import oracle  # registers the narrow nets
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def owned_by_each(workers: int, blueprint: Blueprint, config: Config, device: st
     for index in range(workers):
         crew = Workers.__new__(Workers)  # without the net, which is large
         crew._blueprint = blueprint
-        crew.subnet = SimpleNamespace(layout=state)  # type: ignore[assignment]
+        crew.layout = state
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         crew._workers = [Worker(index, torch.empty(state.numel, device=device), scaler)]
         shares.append(crew.owned(deal))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from resist_ds import local
+from resist_ds import trainer
 from resist_ds.comm import Comm
 from resist_ds.errors import RunError
 from resist_ds.models import Blueprint
@@ -110,16 +110,17 @@ def test_ddp_has_one_worker_per_rank(size: int, ranks: Ranks, tmp_path: Path) ->
 
 def meets_an_error(comm: Comm, folder: Path, options: dict[str, Any], which: int) -> Outcome:
     """One rank fails in its second step, while the others wait for its gradients."""
-    schedule = local.islice
+    train_steps = trainer.local_steps
 
-    def failing(batches: Any, count: int) -> Any:
-        for i, batch in enumerate(schedule(batches, count)):
-            if i == 1:
-                raise RunError("cannot read the image 7.png: it is none")
-            yield batch
+    def failing(engine: Any, batches: Any, **given: Any) -> Any:
+        def some() -> Any:
+            yield next(batches)
+            raise RunError("cannot read the image 7.png: it is none")
+
+        return train_steps(engine, some(), **given)
 
     if comm.rank == which:
-        local.islice = failing  # type: ignore[assignment]
+        trainer.local_steps = failing  # type: ignore[assignment]
     return outcome(comm, folder, options)
 
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from resist_ds.comm import Comm
 from resist_ds.config import Config
-from resist_ds.local import autocast, learning_rate, local_steps
+from resist_ds.engine import TorchEngine, autocast
+from resist_ds.local import learning_rate, local_steps
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, sample_partition
-from resist_ds.subnet import ALIGNMENT, StateLayout, Subnet, bind
+from resist_ds.subnet import ALIGNMENT, StateLayout, Subnet, Worker, bind
 from resist_ds.workers import Workers
 
 CPU = torch.device("cpu")
@@ -231,10 +232,12 @@ def plain_loop(net, optimizer, config, data, rates):
 
 
 def run_steps(subnet, config, data, *, first=0, steps=100, scaler=None):
-    worker = SimpleNamespace(scaler=scaler or torch.amp.GradScaler("cpu", enabled=False))
+    worker = Worker(0, subnet.vector, scaler or torch.amp.GradScaler("cpu", enabled=False))
     data = list(data)
     rates = [learning_rate(config, step, step / steps) for step in range(first, first + len(data))]
-    return local_steps(subnet, worker, iter(data), rates=rates, config=config)
+    engine = TorchEngine(subnet, config)
+    engine.load(worker)
+    return local_steps(engine, iter(data), rates=rates)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +404,7 @@ def vectors_after_training(config, deal, rank, ranks, steps=2):
     for round in range(2):
         for worker in workers.turns():
             data = list(batches(steps, seed=10 * worker.index + round))
-            local_steps(workers.subnet, worker, iter(data), rates=[config.lr] * steps, config=config)
+            local_steps(workers.engine, iter(data), rates=[config.lr] * steps)
     return {w: v.clone() for w, v in workers.vectors.items()}
 
 
