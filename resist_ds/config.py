@@ -176,8 +176,11 @@ class Config:
     eval_batch_size: int | None = _option(
         None, "Images per forward pass; null: batch_size.", low=1, free=True
     )
-    eval_memory: int = _option(
-        256, "MiB per rank for test activations that wait for the next block.", low=1, free=True
+    eval_memory: int | None = _option(
+        None,
+        "MiB per rank for test activations that wait for the next block; null: what training has left.",
+        low=1,
+        free=True,
     )
     calibration_samples: int = _option(
         1024, "Training images that set BatchNorm's statistics.", low=1, free=True

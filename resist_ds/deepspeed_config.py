@@ -98,8 +98,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"{file}: bf16 keeps fp32 masters from zero_optimization.stage 1 on, and it is 0: write 1"
         )
-    if config.dtype == "float64" and stage > 0:
-        raise UserError(f"{file}: zero_optimization.stage {stage} computes in float32: type --dtype float32")
+    if config.dtype == "float64":
+        raise UserError(f"{file}: DeepSpeed computes in float32: type --dtype float32")
 
 
 def engine_options(config: Config, ranks: int) -> Json:

@@ -4,7 +4,8 @@ The global model never stands on one device: the ranks walk it in order, and eac
 from its owner with the test scale K/P already folded in, is used, and is dropped (paper, section 3.2).
 Statistics gathered inside sub-ResNets are wrong for the scaled global model, so every BatchNorm's
 mean and variance are estimated anew, in float64, from a fixed set of un-augmented training images
-that the ranks share, just before that layer first normalises.
+that the ranks share, just before that layer first normalises. They go through the net group by group, up to
+the next BatchNorm that is not known yet, so that beside their activations only one group's work needs memory.
 
 Nothing here depends on the number of ranks: work is cut into groups and batches of fixed sizes, and
 what the ranks found is added up exactly, or in the order of the groups.
@@ -23,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from resist_ds.comm import Comm
 from resist_ds.config import Config
@@ -32,7 +32,7 @@ from resist_ds.models import Blueprint, Statistics
 from resist_ds.partition import Layout, Partition
 from resist_ds.subnet import Subnet, bind
 
-GROUP = 32  # calibration images that are convolved, and summed for the statistics, together
+GROUP = 32  # calibration images that go through the net, and are summed for the statistics, together
 
 Named = tuple[str, nn.Module]  # a module and its timm name in the global model
 
@@ -55,7 +55,7 @@ class Evaluation:
         self.blueprint = blueprint
         self.data = data
         self.transit = config.transit_mib << 20
-        self.memory = config.eval_memory << 20
+        self.memory = None if config.eval_memory is None else config.eval_memory << 20
         self._convert: dict[str, Any] = dict(
             device=comm.device, dtype=getattr(torch, config.dtype), channels_last=config.channels_last
         )
@@ -77,6 +77,7 @@ class Evaluation:
         deal: Partition,
         scale: float,
         autocast: AbstractContextManager[Any] | None = None,
+        free: int = 0,
     ) -> Result:
         """Test the global model. Collective: all ranks; call it after a hand-off.
 
@@ -85,6 +86,7 @@ class Evaluation:
             vectors: state vector of each worker that this rank plays.
             deal: the partition that the vectors are in.
             scale: the test scale of the round that was trained.
+            free: bytes for waiting test activations, unless `--eval_memory` says how many; at least a batch.
         """
         walk = _Walk(self, subnet, vectors, deal, scale)
         mine = range(self.comm.rank, len(self._batches), self.comm.size)
@@ -95,7 +97,8 @@ class Evaluation:
                 self.comm.agree(lambda: self.data.train_images(self._calibration, **self._convert))
             )
             # As many batches wait for the next block as fit; every rank streams the pool equally often.
-            at_once = max(1, self.memory // (image_bytes * len(self._batches[0])))
+            each = image_bytes * len(self._batches[0])
+            at_once = max(1, min(self.comm.gather((free if self.memory is None else self.memory) // each)))
             found: list[tuple[float, int, int]] = []
             for _ in range(0, -(-len(self._batches) // self.comm.size), at_once):
                 chunk = self.comm.agree(lambda: [(walk.before(x), y) for x, y in islice(test, at_once)])
@@ -112,24 +115,32 @@ class Evaluation:
         assert samples == self.data.test_size
         return Result(math.fsum(losses) / samples, sum(rights) / samples, walk.statistics)
 
-    def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def groups(self, images: Tensor) -> list[Tensor]:
+        """This rank's calibration images in groups; one group, an empty one, where it has none."""
+        return list(images.split(GROUP)) if len(images) else [images]
+
+    def estimate(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and variance per channel over all ranks' calibration activations. Collective: all ranks.
 
         Args:
-            x: this rank's share [n, C, …], possibly empty.
+            rows: the `moments` of each of this rank's groups.
 
         Returns:
             float64 [C] each, in host memory; from count, Σx and Σx² (averaging variances is wrong).
         """
-        sums = torch.zeros(self._groups_per_rank, 1 + 2 * x.shape[1], dtype=torch.float64, device=x.device)
-        for row, group in zip(sums, x.split(GROUP), strict=False):
-            values = group.double().transpose(0, 1).flatten(1)
-            row[0] = values.shape[1]
-            row[1 : 1 + x.shape[1]] = values.sum(1)
-            row[1 + x.shape[1] :] = values.square().sum(1)
+        sums = rows[0].new_zeros(self._groups_per_rank, len(rows[0]))
+        for place, row in zip(sums, rows, strict=False):
+            place.copy_(row)
         total = self.comm.gather_rows(sums, "eval")[: self._groups].sum(0)  # without the last ranks' padding
         mean, square = (total[1:] / total[0]).chunk(2)
         return mean, (square - mean.square()).clamp_(min=0)
+
+
+def moments(x: Tensor) -> Tensor:
+    """Count, Σx and Σx² per channel of activations [n, C, …]: float64 [1 + 2C]."""
+    values = x.double().transpose(0, 1).flatten(1)
+    count = torch.full((1,), values.shape[1], dtype=torch.float64, device=x.device)
+    return torch.cat([count, values.sum(1), values.square().sum(1)])
 
 
 class _Walk:
@@ -153,12 +164,14 @@ class _Walk:
         family = evaluation.blueprint.family
         self._before = [(path, subnet.module.get_submodule(path)) for path in family.before]
         self._after = [(path, subnet.module.get_submodule(path)) for path in family.after]
-        self._calibration: Tensor | None = None  # its activations, until all statistics are known
+        self._calibration: list[Tensor] | None = None  # its activations, until all statistics are known
 
     def calibrate_before(self, images: Tensor) -> int:
         """Estimate what comes before the pool; returns the bytes of one image's activation there."""
-        self._calibration = self._calibrate(self._before, images)
-        return math.prod(self._calibration.shape[1:]) * self._calibration.element_size()
+        self._calibration = self.evaluation.groups(images)
+        self._calibrate(self._before)
+        first = self._calibration[0]
+        return math.prod(first.shape[1:]) * first.element_size()
 
     def before(self, x: Tensor) -> Tensor:
         return _run(self._before, x)
@@ -176,27 +189,37 @@ class _Walk:
             if self._calibration is None:
                 self._restore(block)
             else:
-                self._calibration = self._calibrate([block], self._calibration)
+                self._calibrate([block])
             for i, x in enumerate(waiting):
                 waiting[i] = block[1](x)
         if self._calibration is not None:
-            self._calibrate(self._after, self._calibration)
+            self._calibrate(self._after)
             self._calibration = None
 
-    def _calibrate(self, modules: Sequence[Named], calibration: Tensor) -> Tensor:
-        """Run the calibration share through `modules`; each BatchNorm is estimated before it normalises."""
+    def _calibrate(self, modules: Sequence[Named]) -> None:
+        """Run the calibration activations through `modules`, in place. Collective: all ranks.
 
-        def estimate(name: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.statistics[name] = self.evaluation.estimate(args[0])
-            _set(norm, *self.statistics[name])
-
-        hooks = [n.register_forward_pre_hook(partial(estimate, name)) for name, n in _batch_norms(modules)]
-        try:
-            with _InGroups():
-                return _run(modules, calibration)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        Each BatchNorm is estimated before it normalises: all groups go up to the first one that is not known
+        yet, once for each of them, and then through.
+        """
+        assert self._calibration is not None
+        for unit in _units(modules):
+            norms = dict(_batch_norms([unit]))
+            hooks = {n: norm.register_forward_pre_hook(partial(_reach, n)) for n, norm in norms.items()}
+            while hooks:
+                rows = []
+                for group in self._calibration:
+                    try:
+                        unit[1](group)
+                    except _ReachedError as reached:
+                        rows.append(reached.moments)
+                        name = reached.name
+                assert len(rows) == len(self._calibration), f"{unit[0]} has a BatchNorm that it does not use"
+                self.statistics[name] = self.evaluation.estimate(rows)
+                _set(norms[name], *self.statistics[name])
+                hooks.pop(name).remove()
+            for i, group in enumerate(self._calibration):
+                self._calibration[i] = unit[1](group)
 
     def _restore(self, block: Named) -> None:
         for name, norm in _batch_norms([block]):
@@ -257,18 +280,26 @@ class _Berth:
         return self.module
 
 
-class _InGroups(TorchFunctionMode):
-    """Convolve a calibration batch group by group.
+class _ReachedError(Exception):
+    """Calibration has come to a BatchNorm whose statistics are not known yet."""
 
-    A convolution may round differently for another batch size, so that the statistics would depend on
-    how many ranks share the calibration set; groups of one size make them equal bit for bit.
-    """
+    def __init__(self, name: str, moments: Tensor):
+        super().__init__(name)
+        self.name = name
+        self.moments = moments
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.conv2d, F.linear) and len(args[0]) > GROUP:
-            return torch.cat([func(part, *args[1:], **kwargs) for part in args[0].split(GROUP)])
-        return func(*args, **kwargs)
+
+def _reach(name: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _ReachedError(name, moments(args[0]))
+
+
+def _units(modules: Sequence[Named]) -> Iterator[Named]:
+    """The modules, with those that only run their children in order cut into these."""
+    for path, module in modules:
+        if isinstance(module, nn.Sequential):
+            yield from _units([(f"{path}.{name}", child) for name, child in module.named_children()])
+        else:
+            yield path, module
 
 
 def _run(modules: Sequence[Named], x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from resist_ds.errors import RunError
@@ -27,6 +28,12 @@ class PeakMemory:
             # Linux: the peak becomes what is resident now. Elsewhere peaks are since the process started.
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
+
+    def now(self) -> int:
+        """Bytes in use: allocated on a GPU, resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return psutil.Process().memory_info().rss
 
     def read(self) -> tuple[int, int]:
         """(peak, reserved): allocated and reserved by torch on a GPU; resident, twice, on a CPU."""

@@ -52,8 +52,8 @@ FAMILIES = (
     Family(
         net=resnetv2.ResNetV2,
         section="stages.2.blocks",
-        before=("stem", "stages.0", "stages.1", "stages.2.blocks.0"),
-        after=("stages.3", "norm", "head"),
+        before=("stem", "stages.0.blocks", "stages.1.blocks", "stages.2.blocks.0"),
+        after=("stages.3.blocks", "norm", "head"),
         branch_end={resnetv2.PreActBasic: "conv2", resnetv2.PreActBottleneck: "conv3"},
     ),
     Family(

@@ -8,6 +8,7 @@ send at least: a ring's share.
 import inspect
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ def shard_fully(comm: Comm, module: nn.Module, units: Iterable[nn.Module]) -> FS
     """
     _check_devices(comm, "fsdp")
     _join_alone(comm)
+    # Some of timm's heads end in a view; nobody changes the logits in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(comm.device.type, (comm.size,))
     for part in (*units, module):
         fully_shard(part, mesh=mesh)
@@ -143,7 +146,7 @@ class _Alone:
     """DeepSpeed's `mpu`: model and data parallel groups of this rank alone."""
 
     def __init__(self, comm: Comm):
-        group = comm.alone
+        group = comm.alone or torch.distributed.group.WORLD  # one rank has made its own by now
 
         def get_group() -> Any:
             return group
@@ -247,6 +250,7 @@ def _check_devices(comm: Comm, strategy: str) -> None:
 
 def _join_alone(comm: Comm) -> None:
     """A process group of one, which FSDP2 and DeepSpeed want where a single rank runs without any."""
+    os.environ.setdefault("LOCAL_RANK", str(comm.local_rank))  # DeepSpeed insists
     if not torch.distributed.is_initialized():
         assert comm.size == 1
         backend = "cpu:gloo,cuda:nccl" if comm.device.type == "cuda" else "gloo"

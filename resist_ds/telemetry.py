@@ -63,6 +63,7 @@ class Meter:
         self._comm = comm
         self._memory = PeakMemory(comm.device)
         self._figures = Figures()
+        self._trained = 0
         self._memory.reset()
         self.baseline, _ = self._memory.read()
 
@@ -76,6 +77,13 @@ class Meter:
             torch.cuda.synchronize(self._comm.device)
         self._figures.seconds[name] = time.perf_counter() - start
         self._figures.peak[name], self._figures.reserved[name] = self._memory.read()
+        if name == "local":
+            self._trained = max(self._trained, self._figures.peak[name])
+
+    @property
+    def free(self) -> int:
+        """Bytes below the highest peak of training, at the moment."""
+        return max(0, self._trained - self._memory.now())
 
     def tally(self, worker: int, tally: Tally) -> None:
         self._figures.tallies[worker] = tally

@@ -371,6 +371,7 @@ class Trainer:
             self.deal,
             self._test_scale(trained),
             autocast(self.config, self.comm.device),
+            self.meter.free,
         )
         dtype = getattr(torch, self.config.dtype)  # as they are saved: float64's may be too large for it
         if all(is_finite(values.to(dtype)) for pair in result.statistics.values() for values in pair):

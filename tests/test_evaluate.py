@@ -21,7 +21,7 @@ from resist_ds import engine
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import load_data
-from resist_ds.evaluate import Evaluation
+from resist_ds.evaluate import Evaluation, moments
 from resist_ds.images import InMemory
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, sample_partition
@@ -138,9 +138,8 @@ def evaluate(comm, config, *, order="given", tests=TESTS, workers=WORKERS, memor
     last = held.subnet.module.get_submodule(plan.family.after[-1])
     hook = last.register_forward_hook(lambda _, __, logits: seen.append(logits.double()))
     sent = comm.ledger["eval"]
-    result = evaluation.run(
-        held.subnet, held.vectors, deal, deal.scale, engine.autocast(config, torch.device("cpu"))
-    )
+    precision = engine.autocast(config, torch.device("cpu"))
+    result = evaluation.run(held.subnet, held.vectors, deal, deal.scale, precision, free=1 << 28)
     hook.remove()
 
     # Whatever happened, training goes on as if nothing had.
@@ -148,10 +147,12 @@ def evaluate(comm, config, *, order="given", tests=TESTS, workers=WORKERS, memor
     assert all(m.training and not m._forward_pre_hooks for m in held.subnet.module.modules())
 
     batches = range(0, tests, config.eval_batch_size or config.batch_size)
-    images = [chosen[i : i + len(x)] for i, x in zip(batches[comm.rank :: comm.size], seen[1:], strict=True)]
+    mine = batches[comm.rank :: comm.size]  # what was seen before is the calibration
+    seen = seen[len(seen) - len(mine) :]
+    images = [chosen[i : i + len(x)] for i, x in zip(mine, seen, strict=True)]
     logits = {
         int(i): row.numpy()
-        for part, x in zip(images, seen[1:], strict=True)
+        for part, x in zip(images, seen, strict=True)
         for i, row in zip(part, x, strict=True)
     }
     return Found(
@@ -381,7 +382,7 @@ def test_variances_survive_a_large_mean(alone):
     """The difference of two large sums: in float32 nothing would be left of it."""
     evaluation = Evaluation(alone, Layout(1, 1), blueprint(PREACT), data_of()[0], options())
     x = 1000 + 0.01 * torch.randn(CALIBRATION, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    mean, variance = evaluation.estimate(x)
+    mean, variance = evaluation.estimate([moments(group) for group in evaluation.groups(x)])
     expected = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean, expected.mean(1), rtol=1e-12, atol=0)
     torch.testing.assert_close(variance, expected.var(1, unbiased=False), rtol=1e-4, atol=0)

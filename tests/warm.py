@@ -5,4 +5,4 @@ import sklearn.datasets  # noqa: F401
 import resist_ds.trainer  # noqa: F401
 from resist_ds import comm
 
-comm._deepspeed()
+comm.deepspeed_comm()

@@ -5,9 +5,9 @@
     python tools/study.py --output_dir runs/study --report               # the table of what is there
 
 CIFAR is an image folder (train/ and test/ with a folder per class). Every run is one `train.py` on one rank,
-which plays all workers in turn; what it trains does not depend on that. `ddp` on one rank is the full net with
-as many micro-batches as workers: BatchNorm sees what it would see on each of them, and the gradients are
-averaged alike. `stochastic_depth` is one worker that runs, in every step, as many pool blocks drawn at random
+CIFAR is an image folder (train/ and test/ with a folder per class). Every run is a `train.py` on one rank,
+as many micro-batches as workers: BatchNorm sees what it would see on each of them, and gradients are averaged
+alike. `stochastic_depth` is one worker that runs, in every step, as many pool blocks drawn at random
 as a worker of `resist` holds with the middle number of workers: the same multiply-adds an image.
 
 Options that this tool does not know go to every run: `--model preact_resnet101 --img_size 32 --lr 0.01`.
@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resist_ds.config import parse
 from resist_ds.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 # A narrow net with a deep section 3 (P = 8), small enough for a CPU. One peak rate for all: none was tuned.
 DEFAULTS = {
     "model": "preact_resnet_small",
