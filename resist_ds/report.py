@@ -4,9 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from resist_ds.config import Config
 from resist_ds.data import Data
 from resist_ds.memory import GIB
 from resist_ds.models import Blueprint
-from resist_ds.partition import Layout, Partition, elements_sent, sample_partition, slots_for
+from resist_ds.partition import Layout, Partition, slots_for
+from resist_ds.plan import sent_per_round
 from resist_ds.start import Start
-from resist_ds.subnet import StateLayout
 from resist_ds.telemetry import PHASES, Totals
 
 
@@ -48,22 +46,6 @@ class Job:
             "backend": self.comm.backend,
             "versions": versions,
         }
-
-    def planned_bytes(self, min_blocks: int) -> float:
-        """Bytes a round with one worker per rank, by the plan; mean over the run's first rounds."""
-        config, pool, workers = self.config, self.blueprint.pool, self.layout.workers
-        layout = StateLayout.of(self.blueprint, config, slots=1)
-        travel = config.optimizer_state == "travel"
-        itemsize = getattr(torch, config.dtype).itemsize
-        deals = [
-            sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=min_blocks)
-            for r in range(21)
-        ]
-        block, shared = layout.block.exchanged(travel), layout.shared.exchanged(travel)
-        alone = Layout(workers, workers)
-        return itemsize * fmean(
-            elements_sent(now, then, alone, block=block, shared=shared) for now, then in pairwise(deals)
-        )
 
 
 def opening(job: Job, deal: Partition, start: Start) -> str:
@@ -139,7 +121,10 @@ def closing(
             )
         )
     where = "allocated on the GPU" if job.comm.device.type == "cuda" else "resident"
-    ours, local_sgd = job.planned_bytes(job.config.min_blocks), job.planned_bytes(deal.pool)
+    ours, local_sgd = (
+        sent_per_round(blueprint, job.config, layout.workers, least)
+        for least in (job.config.min_blocks, deal.pool)
+    )
     state = "with momentum" if job.config.optimizer_state == "travel" else "momentum stays behind"
     if way.lockstep:
         state = "gradients, and parameters where they are spread"

@@ -1,0 +1,225 @@
+"""Predict memory, computation and bytes of a training run, and advise: in seconds, without GPU or data.
+
+    python tools/plan.py preact_resnet101 --workers 2,4,8 --batch_size 128
+    python tools/plan.py resnetv2_101 --workers 4,8 --batch_size 256 --memory 24gib --bandwidth 1gbit
+
+Compared are resist, local_sgd, ddp, and FSDP2 and ZeRO, with one worker per rank, each with and without
+activation checkpointing. Options mean what they mean to train.py.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from resist_ds.config import Config
+from resist_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from resist_ds.plan import Plan, Prediction
+
+FOOTNOTES = """\
+All figures are predicted, for one rank with one worker. MiB are 2^20 bytes, MB 10^6; M millions, G 10^9.
+weights, grads, optim: training state. activ: what the forward pass leaves for the backward pass.
+step: peak of a training step. sync: peak of a synchronisation, with {transit} of --transit_mib, which are
+  allocated in the first one and kept: peak is the larger of sync and step + {transit}.
+  What libraries take for themselves (workspaces, gaps between allocations) comes on top.
+mul-adds: multiply-adds of a step, per rank; of full: the full net's without activation checkpointing.
+MB/step, MB/round: sent by all ranks. comm s: its time a round, at {bandwidth} a rank, not overlapped.
+resist, local_sgd, ddp: counted, on a step of tensors without storage and on the deals of {deals} rounds.
+* by formula: FSDP2 with fully_shard on every residual block and the root; ZeRO with a second copy of the
+  weights that a rank updates, without DeepSpeed's buckets, and with one block fetched ahead."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong call."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="as --model of train.py")
+    parser.add_argument("--workers", required=True, metavar="W,W,...", help="numbers of workers to compare")
+    parser.add_argument(
+        "--batch_size", type=int, required=True, metavar="B", help="images per worker and step"
+    )
+    parser.add_argument("--img_size", type=int, metavar="N", help="pixels [32 for the CIFAR nets, else 224]")
+    parser.add_argument("--num_classes", type=int, metavar="N", help="[10 for the CIFAR nets, else 1000]")
+    parser.add_argument("--bandwidth", default="10gbit", help="of one rank's link [10gbit]")
+    parser.add_argument("--memory", default="24gib", help="of one device [24gib]")
+    parser.add_argument("--flops", help="that a device sustains in training, such as 10tflops [unknown]")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="that a step runs on [cuda]"
+    )
+    for name, kind in (("min_blocks", int), ("local_steps", int), ("transit_mib", int)):
+        default = Config.default(name)
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"[{default}]")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="[sgd]")
+    parser.add_argument("--optimizer_state", choices=("travel", "reset"), default="travel", help="[travel]")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="[no]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    return parser.parse_args(argv)
+
+
+def workers_of(text: str) -> tuple[int, ...]:
+    """`2,4,8`, ascending. Raises `UserError` where one is no whole number above 0."""
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in numbers):
+        raise UserError(f"--workers is {text!r}: type whole numbers above 0, for instance 2,4,8")
+    return tuple(sorted({int(part) for part in numbers}))
+
+
+def main() -> int:
+    try:
+        given = parse()
+        made = plan(given)
+        text = render(made, given)
+        if given.json:
+            given.json.write_text(json.dumps(record(made, given), indent=1) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: --json {given.json} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
+
+
+def plan(given: argparse.Namespace) -> "Plan":
+    """The predictions for what was typed. Raises `UserError`."""
+    workers = workers_of(given.workers)
+    shared = (
+        "model",
+        "batch_size",
+        "min_blocks",
+        "local_steps",
+        "transit_mib",
+        "optimizer",
+        "optimizer_state",
+    )
+    config = Config(**{name: getattr(given, name) for name in (*shared, "mixed_precision")})
+    Config(img_size=given.img_size, num_classes=given.num_classes)  # checks them
+
+    from resist_ds.models import CIFAR_NETS, Blueprint  # after parsing, so that a mistake answers at once
+    from resist_ds.plan import BANDWIDTHS, MEMORIES, SPEEDS, Plan, Question, quantity
+
+    img_size, classes = (32, 10) if given.model in CIFAR_NETS else (224, 1000)
+    bandwidth = quantity("--bandwidth", given.bandwidth, BANDWIDTHS)
+    memory = quantity("--memory", given.memory, MEMORIES)
+    speed = quantity("--flops", given.flops, SPEEDS) if given.flops else None
+    blueprint = Blueprint(given.model, given.num_classes or classes)
+    question = Question(
+        blueprint, config, given.img_size or img_size, workers, bandwidth, memory, speed, given.device
+    )
+    return Plan(question)
+
+
+def render(plan: "Plan", given: argparse.Namespace) -> str:
+    """All that is printed."""
+    from resist_ds.plan import DEALS
+
+    question, config = plan.question, plan.question.config
+    blueprint = question.blueprint
+    lines = [
+        f"predicted for {blueprint.name}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of "
+        f"P = {blueprint.pool} blocks, {blueprint.num_classes} classes, "
+        f"{question.img_size}×{question.img_size} pixels",
+        f"{config.batch_size} images per worker and step, {config.local_steps} local steps a round, "
+        f"{config.optimizer}, optimizer state: {config.optimizer_state}, "
+        f"mixed precision: {config.mixed_precision}, {question.device}",
+    ]
+    for checkpointing in (False, True):
+        chosen = [p for p in plan.predictions if p.activation_checkpointing == checkpointing]
+        lines += [
+            "",
+            f"predicted {'with' if checkpointing else 'without'} activation checkpointing (MiB a rank)",
+        ]
+        lines.append(_table(chosen))
+    transit = f"{max(p.transit for p in plan.predictions) / 2**20:,.0f} MiB"
+    lines += ["", FOOTNOTES.format(transit=transit, bandwidth=given.bandwidth, deals=DEALS)]
+    advice = plan.advice()
+    lines += [
+        "",
+        f"predicted to suit --strategy resist with {given.memory} and {given.bandwidth} a rank:",
+    ]
+    if not advice:
+        lines.append(f"  none: not even a batch of 2 fits in {given.memory}; type more --workers")
+    for item in advice:
+        value = str(item.value).lower()
+        lines.append(f"  --{item.option} {value}: {item.reason}")
+    return "\n".join(lines)
+
+
+def record(plan: "Plan", given: argparse.Namespace) -> dict[str, Any]:
+    """What --json writes."""
+    return {
+        "predicted": True,
+        "options": {k: v for k, v in vars(given).items() if k != "json"},
+        "parameters": plan.question.blueprint.parameters,
+        "pool": plan.question.blueprint.pool,
+        "img_size": plan.question.img_size,
+        "num_classes": plan.question.blueprint.num_classes,
+        "rows": [row(p) for p in plan.predictions],
+        "advice": [asdict(item) for item in plan.advice()],
+    }
+
+
+def row(prediction: "Prediction") -> dict[str, Any]:
+    """A prediction with its unit in each name."""
+    from resist_ds.plan import BY_FORMULA
+
+    plain = (
+        "strategy",
+        "workers",
+        "slots",
+        "activation_checkpointing",
+        "parameters",
+        "multiply_adds",
+        "share",
+    )
+    sizes = ("weights", "gradients", "optimizer", "activations", "step", "transit", "sync", "peak")
+    return {
+        **{name: getattr(prediction, name) for name in plain},
+        **{f"{name}_bytes": getattr(prediction, name) for name in (*sizes, "sent_step", "sent_round")},
+        "communication_s": prediction.communication,
+        "computation_s": prediction.computation,
+        "by_formula": prediction.strategy in BY_FORMULA,
+    }
+
+
+def _table(predictions: "list[Prediction]") -> str:
+    from resist_ds.plan import BY_FORMULA
+
+    timed = predictions[0].computation is not None
+    head = ["strategy", "W", "K", "params", "weights", "grads", "optim", "activ", "step", "sync", "peak"]
+    head += ["mul-adds", "of full", "MB/step", "MB/round", "comm s", *(["compute s"] if timed else [])]
+    rows = [head]
+    for p in predictions:
+        sizes = (p.weights, p.gradients, p.optimizer, p.activations, p.step, p.sync, p.peak)
+        cells = [p.strategy + ("*" if p.strategy in BY_FORMULA else ""), str(p.workers), str(p.slots)]
+        cells += [f"{p.parameters / 1e6:.2f} M"]
+        cells += [f"{size / 2**20:,.0f}" if size else "-" for size in sizes]
+        cells += [f"{p.multiply_adds / 1e9:,.1f} G", f"{100 * p.share:.0f} %"]
+        cells += [f"{p.sent_step / 1e6:,.1f}", f"{p.sent_round / 1e6:,.1f}", f"{p.communication:.3g}"]
+        cells += [f"{p.computation:.3g}"] if p.computation is not None else []
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        )
+        for cells in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
