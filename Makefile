@@ -15,7 +15,7 @@ help:
 	@echo 'make test       the whole test suite'
 	@echo 'make check      format, lint, types, and the tests with warnings as errors'
 	@echo 'make soak       kill runs fifty times and resume them (half an hour)'
-	@echo 'make bench      what a local step and a synchronisation cost'
+	@echo 'make bench      what a local step, a synchronisation and a checkpoint cost'
 	@echo 'make install    the set-up alone, which each of these does first if need be'
 	@echo 'make clean      remove caches and runs/demo (make distclean: .venv too)'
 

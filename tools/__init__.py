@@ -1,0 +1,1 @@
+"""What stands beside the trainer: exports, checks, pictures, benchmarks."""

@@ -1,0 +1,208 @@
+"""What was typed to the benchmarks, checked. Imports no torch, so that a mistake is answered at once."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from resist_ds.config import Config, parse
+from resist_ds.errors import UserError
+from resist_ds.strategy import STRATEGIES
+from tools import link
+
+PARTS = ("local", "sync", "save")  # of the machinery
+# These train alone and average once a round; the others average at every step, with one worker per rank.
+ONCE_A_ROUND = frozenset(name for name, way in STRATEGIES.items() if not way.lockstep)
+DEFAULTS = {
+    "model": "preact_resnet101",
+    "batch_size": 4,
+    "local_steps": 50,
+    "rounds": 2,
+    "eval_batch_size": 32,
+}
+# Not what is measured: a small evaluation and one checkpoint end every run.
+FIXED: dict[str, Any] = {
+    "strategy": "resist",
+    "dataset": "synthetic",
+    "data_dir": None,
+    "download": False,
+    "num_classes": None,
+    "warmup_rounds": 0,
+    "eval_every": 0,
+    "calibration_samples": 32,
+    "checkpoint_every": 0,
+    "checkpoint_minutes": None,
+    "keep": 1,
+    "resume": "never",
+    "log_with": "none",
+    "progress": False,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed, checked.
+
+    Attributes:
+        config: train.py's options, of every run.
+        strategies: to compare, or empty: `parts` of the machinery are measured.
+        workers: numbers of workers; of a comparison one.
+        bits: a second of every rank's link, or None.
+    """
+
+    config: Config
+    strategies: tuple[str, ...]
+    parts: tuple[str, ...]
+    workers: tuple[int, ...]
+    ranks: int
+    bits: int | None
+    repeats: int
+    steps: int
+    output_dir: Path
+    timeout: float
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())} (--help lists the options)")
+
+
+def read(argv: Sequence[str], doc: str | None = None) -> Asked:
+    """What was typed, `doc` being the words of --help; raises `UserError`."""
+    parser = _Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--strategies", metavar="A,B,...", help="of train.py's --strategy, to be compared")
+    parser.add_argument("--what", metavar="local,sync,save", help="parts of the machinery [all three]")
+    parser.add_argument(
+        "--workers", metavar="W", help="of a comparison; else several, separated by commas [2,4]"
+    )
+    parser.add_argument("--ranks", type=int, metavar="R", help="of a comparison [one per worker]")
+    parser.add_argument(
+        "--link", metavar="RATE", help="a network of so much for each rank: 1gbit (root, Linux)"
+    )
+    parser.add_argument("--repeats", type=int, help="[3, or 7 of each part]")
+    parser.add_argument("--steps", type=int, default=3, help="local steps in a repeat of --what local [3]")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/bench"), help="for the figures [runs/bench]"
+    )
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run [3600]")
+    given, rest = parser.parse_known_args(argv)
+    compared = given.strategies is not None
+    if compared and given.what is not None:
+        raise UserError("--what is not for a comparison: leave it or --strategies out")
+    if not compared and (given.link or given.ranks):
+        raise UserError(f"--{'link' if given.link else 'ranks'} is for a comparison: type --strategies too")
+    for name in ("repeats", "steps", "timeout"):
+        if (value := getattr(given, name)) is not None and value <= 0:
+            raise UserError(f"--{name} is {value}: type a number above 0")
+    workers = _numbers(given.workers or ("" if compared else "2,4"))
+    if compared and len(workers) != 1:
+        raise UserError("--workers of a comparison is one number: type --workers 2, for instance")
+    ranks = workers[0] if given.ranks is None else given.ranks
+    config = _config(rest)
+    strategies = tuple(name.strip() for name in given.strategies.split(",")) if compared else ()
+    if compared:
+        threads = config.cpu_threads or max(1, cores() // max(1, ranks))
+        config = replace(config, workers=workers[0], cpu_threads=threads)
+        check(config, strategies, ranks)
+    return Asked(
+        config=config,
+        strategies=strategies,
+        parts=_parts(given.what),
+        workers=workers,
+        ranks=ranks,
+        bits=_bits(given.link),
+        repeats=given.repeats or (3 if compared else 7),
+        steps=given.steps,
+        output_dir=given.output_dir.expanduser(),
+        timeout=given.timeout,
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(map(int, text.split(","))) if text else ()
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise UserError(f"--workers is {text!r}: type a whole number, at least 1, or several by commas")
+    return numbers
+
+
+def _parts(text: str | None) -> tuple[str, ...]:
+    parts = PARTS if text in (None, "all") else tuple(str(text).split(","))
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--what is {part!r}: type some of {','.join(PARTS)}")
+    return parts
+
+
+def _bits(text: str | None) -> int | None:
+    if text is None:
+        return None
+    bits = link.rate(text)
+    link.check()
+    return bits
+
+
+def _config(rest: Sequence[str]) -> Config:
+    """train.py's options, as it reads them."""
+    base = [f"--{name}={_written(value)}" for name, value in (DEFAULTS | FIXED).items()]
+    config = parse([*base, *rest])
+    for name, value in FIXED.items():
+        if getattr(config, name) != value:
+            what = "type --strategies" if name == "strategy" else f"it is {_written(value)} here"
+            raise UserError(f"--{name} is not for the benchmarks: {what}")
+    return config
+
+
+def _written(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def of_strategy(config: Config, strategy: str) -> Config:
+    """The options of one strategy; those that are not for it have their defaults."""
+    changed: dict[str, Any] = {"strategy": strategy}
+    if strategy != "resist":
+        changed["min_blocks"] = 0
+    if not (strategy == "resist" or (strategy in STRATEGIES and STRATEGIES[strategy].stage)):
+        changed["deepspeed_config"] = None
+    if strategy not in ONCE_A_ROUND:
+        changed["optimizer_state"] = Config.default("optimizer_state")
+    return replace(config, **changed)
+
+
+def check(config: Config, strategies: Sequence[str], ranks: int) -> None:
+    """Raises `UserError` where a strategy cannot run on so many ranks, or is none."""
+    workers = config.workers or 0
+    if workers < 2 or ranks < 2:
+        name = "workers" if workers < 2 else "ranks"
+        raise UserError(
+            f"--{name} is {min(workers, ranks)}: a comparison needs 2 or more, which exchange something"
+        )
+    if ranks > workers:
+        raise UserError(f"--ranks {ranks} is more than --workers {workers}: type at most {workers}")
+    if config.rounds is None:
+        raise UserError("--rounds is null: a comparison needs a number of rounds, for instance 3")
+    if len(set(strategies)) < len(strategies):
+        raise UserError("--strategies names one twice: type each once")
+    for strategy in strategies:
+        if strategy == "stochastic_depth":
+            raise UserError(
+                "--strategies stochastic_depth has one worker, which exchanges nothing: leave it out"
+            )
+        of_strategy(config, strategy)
+        if strategy not in ONCE_A_ROUND and ranks != workers:
+            raise UserError(
+                f"--strategies {strategy} has one worker per rank: type --ranks {workers}, "
+                f"or leave {strategy} out"
+            )
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

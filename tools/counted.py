@@ -1,0 +1,106 @@
+"""What is counted and not timed: multiply-adds, and the fewest bytes that must be held and moved."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from resist_ds.comm import Comm
+from resist_ds.config import Config
+from resist_ds.models import Blueprint, Shapes
+from resist_ds.partition import Layout, elements_sent, sample_partition, slots_for
+from resist_ds.subnet import OptimizerState
+
+CLASSES = 10  # of the synthetic data
+
+
+def facts(comm: Comm, configs: Mapping[str, Sequence[Config]]) -> dict[str, Any]:
+    """Sizes, multiply-adds and fewest bytes of each strategy. No communication.
+
+    Args:
+        configs: by strategy, of each repeat.
+
+    Returns:
+        "pool", "parameters", and in "strategies" of each "slots", "parameters", "multiply_add_share" (of the
+        full net's), "held_bytes" (`held_bytes`) and "moved_bytes" (`moved_bytes`, of each repeat).
+    """
+    config = next(iter(configs.values()))[0]
+    blueprint = Blueprint(config.model, CLASSES)
+    full = multiply_adds(blueprint, blueprint.pool, config)
+    found = {}
+    for strategy, repeats in configs.items():
+        config = repeats[0]
+        assert config.workers is not None
+        slots = blueprint.pool
+        if config.way.partitions:
+            slots = slots_for(config.workers, blueprint.pool, config.min_blocks)
+        found[strategy] = {
+            "slots": slots,
+            "parameters": blueprint.parameters_held(slots),
+            "multiply_add_share": multiply_adds(blueprint, slots, config) / full,
+            "held_bytes": held_bytes(blueprint, config, slots),
+            "moved_bytes": [moved_bytes(blueprint, config) for config in repeats],
+        }
+    return {"pool": blueprint.pool, "parameters": blueprint.parameters, "strategies": found}
+
+
+def multiply_adds(blueprint: Blueprint, slots: int, config: Config) -> int:
+    """Floating-point operations of a local step with so many slots, by torch's counter, on no device."""
+    net = blueprint.subnet(slots).train()
+    side = config.img_size or 32
+    with FlopCounterMode(display=False) as counter:
+        net(torch.empty(config.batch_size, 3, side, side, device="meta")).sum().backward()
+    total: int = counter.get_total_flops()
+    return total
+
+
+def held_bytes(blueprint: Blueprint, config: Config, slots: int) -> int:
+    """The fewest bytes of parameters, gradients and optimizer state that a rank, one of W, must hold."""
+    assert config.workers is not None
+    way, vectors = config.way, len(OptimizerState.of(config).vectors)
+    spread = (way.spread_parameters, way.spread_parameters or (way.stage or 0) >= 2, way.spread)
+    parameters, gradients, state = (1 / config.workers if is_spread else 1 for is_spread in spread)
+    copies = parameters + gradients + state * vectors
+    return math.ceil(blueprint.parameters_held(slots) * copies * _itemsize(config))
+
+
+def moved_bytes(blueprint: Blueprint, config: Config) -> int:
+    """The fewest bytes between the ranks, one worker each, in a round; mean over the measured rounds.
+
+    A ring all-reduce of what is averaged, once a round or (gradients) at every step; and, of a partitioned
+    net, each pool block straight from its holders to its owner and on to its next holders.
+    """
+    assert config.workers is not None and config.rounds is not None
+    workers, itemsize = config.workers, _itemsize(config)
+    kinds = 1 + (len(OptimizerState.of(config).vectors) if config.optimizer_state == "travel" else 0)
+    if config.way.partitions:
+        block, shared = _numel(blueprint.block) * kinds, _numel(blueprint.shared) * kinds
+        rounds = measured_rounds(config.rounds)
+        deals = [
+            sample_partition(
+                config.seed, r, workers=workers, pool=blueprint.pool, min_blocks=config.min_blocks
+            )
+            for r in (*rounds, rounds.stop)
+        ]
+        alone = Layout(workers, workers)
+        blocks = [elements_sent(now, then, alone, block=block, shared=0) for now, then in pairwise(deals)]
+        return (2 * (workers - 1) * shared + sum(blocks) // len(blocks)) * itemsize
+    times = config.local_steps if config.way.lockstep else kinds
+    return 2 * (workers - 1) * blueprint.parameters * times * itemsize
+
+
+def measured_rounds(rounds: int) -> range:
+    """The rounds of a run that count: the first of several is a warm-up."""
+    return range(min(1, rounds - 1), rounds)
+
+
+def _numel(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for _, shape in shapes)
+
+
+def _itemsize(config: Config) -> int:
+    size: int = getattr(torch, config.dtype).itemsize
+    return size
