@@ -168,8 +168,8 @@ def sent_per_step(strategy: str, blueprint: Blueprint, config: Config, ranks: in
         root, *blocks = _units(blueprint, ranks)
         # The root's parameters stay from forward to backward; a block's are gathered for each.
         return (ranks - 1) * (2 * root + 3 * sum(blocks)) * _itemsize(config)
-    # ZeRO-1, -2: DeepSpeed all-reduces buckets of gradients, and gathers the updated weights. ZeRO-3 gathers in
-    # both passes, at most: tensors that it keeps, or has not dropped yet, travel once.
+    # ZeRO-1, -2: DeepSpeed all-reduces buckets of gradients, and gathers the updated weights. ZeRO-3 gathers
+    # in both passes, at most: what it keeps, or has not dropped yet, travels once.
     return (ranks - 1) * everything * 3
 
 

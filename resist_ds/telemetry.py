@@ -293,6 +293,24 @@ class Telemetry:
         self._close_bar()  # what is said from here on stands below it
         best = {"eval/best_accuracy": max(self.totals.accuracy)} if self.totals.accuracy else {}
         self._record("summary", {**self._last, **best, "settings": dict(settings)})
+        if self._main and self._accelerator is not None and self._file is not None:
+            self._log_pictures()
+
+    def _log_pictures(self) -> None:
+        """The pictures of `tools/plot.py` in the tracker too, where matplotlib is installed."""
+        from resist_ds.figures import pictures, pixels, read
+
+        assert self._accelerator is not None
+        try:
+            drawn = pictures([read(self._path.parent)])
+            images = {f"plots/{name}": pixels(figure)[None] for name, figure in drawn.items()}
+            for tracker in self._accelerator.trackers:
+                kind = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(images, **kind)
+        except ModuleNotFoundError:
+            return
+        except Exception as error:
+            self.warn(f"{self._config.log_with} has no pictures: {error}")
 
     def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the tracker."""

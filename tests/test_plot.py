@@ -4,12 +4,13 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from resist_ds import figures
 from tests.conftest import Ranks
 from tests.saved import train
 
@@ -17,8 +18,8 @@ TOOL = Path(__file__).parent.parent / "tools" / "plot.py"
 
 
 @pytest.fixture(scope="module")
-def plot() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(TOOL), run_name="plot"))
+def plot() -> ModuleType:
+    return figures
 
 
 def record_run(folder: Path, accuracies: list[float], **settings: Any) -> Path:
@@ -51,9 +52,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_seeds_become_one_line_and_other_options_tell_runs_apart(
-    plot: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_seeds_become_one_line_and_other_options_tell_runs_apart(plot: ModuleType, tmp_path: Path) -> None:
     runs = [
         plot.read(record_run(tmp_path / name, [0.1, 0.2], **settings))
         for name, settings in {
@@ -69,7 +68,7 @@ def test_seeds_become_one_line_and_other_options_tell_runs_apart(
     assert list(plot.grouped([runs[0], runs[3]])) == ["resist, W = 2", "ddp, W = 4"]
 
 
-def test_lines_are_means_at_the_places_of_the_records(plot: SimpleNamespace, tmp_path: Path) -> None:
+def test_lines_are_means_at_the_places_of_the_records(plot: ModuleType, tmp_path: Path) -> None:
     runs = [
         plot.read(record_run(tmp_path / "0", [0.1, 0.4, 0.6])),
         plot.read(record_run(tmp_path / "1", [0.3, 0.6, 0.8], seed=1)),
@@ -81,7 +80,7 @@ def test_lines_are_means_at_the_places_of_the_records(plot: SimpleNamespace, tmp
     assert lines[0].get_label() == "resist, W = 2 (2 runs)"
 
 
-def test_the_deal_is_the_one_that_was_trained(plot: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_deal_is_the_one_that_was_trained(plot: ModuleType, tmp_path: Path) -> None:
     from resist_ds.partition import sample_partition
 
     run = plot.read(record_run(tmp_path / "run", [0.1] * 5, seed=3, warmup_rounds=1, min_blocks=3))

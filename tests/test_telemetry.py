@@ -350,6 +350,8 @@ def test_wandb_is_one_offline_run_of_rank_0(ranks: Ranks, tmp_path: Path) -> Non
         loss = record["train/loss" if record["kind"] == "round" else "eval/loss"]
         assert repr(loss).encode() in content
     assert b"tiny" in content and b"optimizer_state" in content  # the run's name and its options
+    drawn = {path.name.split("_")[0] for path in (offline / "files" / "media").rglob("*.png")}
+    assert drawn == {"accuracy", "memory", "blocks"}  # the pictures of tools/plot.py
 
 
 class _Tracker:
@@ -362,6 +364,9 @@ class _Tracker:
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         self._call("log")
+
+    def log_images(self, *args: Any, **kwargs: Any) -> None:
+        self._call("log_images")
 
     def finish(self) -> None:
         self._call("finish")
@@ -386,7 +391,7 @@ def train_with_failing_tracker(comm: Comm, options: dict[str, Any], fails_at: st
         return train(comm, options) + warned.getvalue()
 
 
-@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
+@pytest.mark.parametrize("fails_at", ["init", "log", "log_images", "finish"])
 def test_a_tracker_that_fails_does_not_stop_the_run(fails_at: str, ranks: Ranks, tmp_path: Path) -> None:
     options = OPTIONS | {"log_with": "wandb", "output_dir": str(tmp_path)}
     printed = ranks(train_with_failing_tracker, R, options, fails_at)
