@@ -94,10 +94,12 @@ def pictures(runs: list[Run]) -> dict[str, Any]:
 def pixels(figure: Any) -> np.ndarray:
     """A figure as [height, width, 3] bytes."""
     import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure.canvas.draw()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     plt.close(figure)  # it is not shown
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def accuracy(groups: dict[str, list[Run]]) -> Any:

@@ -298,6 +298,8 @@ class Telemetry:
 
     def _log_pictures(self) -> None:
         """The pictures of `tools/plot.py` in the tracker too, where matplotlib is installed."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return
         from resist_ds.figures import pictures, pixels, read
 
         assert self._accelerator is not None
@@ -307,8 +309,6 @@ class Telemetry:
             for tracker in self._accelerator.trackers:
                 kind = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images(images, **kind)
-        except ModuleNotFoundError:
-            return
         except Exception as error:
             self.warn(f"{self._config.log_with} has no pictures: {error}")
 
