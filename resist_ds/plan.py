@@ -252,7 +252,7 @@ class Plan:
         transit = sync = 0
         if strategy in ("resist", "local_sgd"):
             travelling = layout.block.exchanged(config.optimizer_state == "travel")
-            transit = max(config.transit_mib << 20, travelling * size)
+            transit = max(min(config.transit_mib << 20, weights), travelling * size)
             sync = usage.state + transit + 8 * MEAN_CHUNK
             sent_round = sent_per_round(blueprint, config, workers, slots)
             sent_step = sent_round / config.local_steps

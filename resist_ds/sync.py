@@ -51,7 +51,8 @@ class Synchroniser:
 
     Args:
         pool: P.
-        budget: bytes that may be in transit on a rank; at least one block is always allowed.
+        budget: bytes that may be in transit on a rank; at least one block is always allowed, and never more
+            used than a sub-ResNet's gradients took: so no peak rises above that of training.
         travel: whether optimizer state goes with its piece and is averaged like it.
     """
 
@@ -64,6 +65,7 @@ class Synchroniser:
         self._mine = layout.workers_of(comm.rank)
         self._transit = torch.empty(0)
         self._block_length = state.block.exchanged(travel)
+        self._gradients = state.shared.parameters + state.slots * state.block.parameters
         chunks = chunk_bounds(state.shared.exchanged(travel), layout.workers)
         self._blocks = Pieces(
             lengths=(self._block_length,) * pool,
@@ -128,7 +130,7 @@ class Synchroniser:
     ) -> Iterator[tuple[int, int]]:
         """[lo, hi) of each pass, within the budget; one pass with nothing to carry where nothing moves."""
         like = next(iter(vectors.values()))
-        budget = max(self.budget // like.element_size(), self._block_length)
+        budget = max(min(self.budget // like.element_size(), self._gradients), self._block_length)
         if self._transit.numel() < budget:  # kept from then on, so that its pages are touched once
             self._transit = self.comm.buffer(budget, like)
         longest = max(pieces.lengths)

@@ -31,6 +31,8 @@ JOB = [
     *("--seed", "7", "--cpu_threads", "1", "--log_with", "none"),
 ]
 DDP = [*JOB, "--workers", "2", "--strategy", "ddp"]
+# Every launcher, and an engine of either kind under each; tests/test_engines.py has them all.
+ENGINES = (("accelerate", "fsdp"), ("deepspeed", "zero3"), ("torchrun", "zero1"), ("deepspeed", "fsdp"))
 TYPO = ["--modle", "preact_resnet_small"]
 TYPO_LINE = "error: unknown option --modle (did you mean --model?)"
 
@@ -147,6 +149,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
         "deepspeed": ("deepspeed", JOB, TRAIN),
         "torchrun": ("torchrun", JOB, TRAIN),
         **{f"{name}: ddp": (name, DDP, TRAIN) for name in ("accelerate", "deepspeed", "torchrun")},
+        **{f"{name}: {way}": (name, [*DDP, "--strategy", way], TRAIN) for name, way in ENGINES},
         "python": ("python", JOB, TRAIN),
         "torchrun 1": ("torchrun 1", JOB, TRAIN),
         "accelerate --cpu": ("accelerate --cpu", JOB, TRAIN),
@@ -209,6 +212,17 @@ def test_ddp_gives_the_same_run_whoever_launches_it(launcher: str, launches: Lau
         pytest.skip("deepspeed makes the GPUs visible again, on which sums are rounded in another order")
     assert run == expected
     assert expected[-1]["strategy"] == "ddp" and expected[-1]["W"] == 2
+
+
+@pytest.mark.parametrize(("launcher", "strategy"), ENGINES)
+def test_engines_train_whoever_launches_them(launcher: str, strategy: str, launches: Launches) -> None:
+    """And under each they train what ddp trains."""
+    run = trained(launches(f"{launcher}: {strategy}"), ranks=2)
+    expected = trained(launches("torchrun: ddp"), ranks=2)
+    for ours, theirs in zip(run, expected, strict=True):
+        for key in ours.keys() & {"train/loss", "eval/loss"}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-4), key
+    assert run[-1]["strategy"] == strategy
 
 
 @pytest.mark.parametrize("launcher", ["torchrun 1", "accelerate --cpu"])

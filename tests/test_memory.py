@@ -1,7 +1,9 @@
 """Never the full model: training under a real cap on memory, and the measure that reports peaks."""
 
+import contextlib
 import json
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from resist_ds.partition import Layout, elements_sent, sample_partition
 from resist_ds.telemetry import Meter
 from resist_ds.trainer import Trainer
 from tests.conftest import Ranks
+from tests.test_plan import Live
 
 MIB = 1 << 20
 
@@ -153,6 +156,36 @@ def test_an_export_needs_room_for_a_tensor_and_not_for_the_model(ranks: Ranks, t
 
 # ------------------------------------------------------------------------------------------------------------
 # The measure.
+
+
+def peaks_of_phases(comm: Comm, options: dict[str, Any]) -> dict[str, int]:
+    """The most bytes of tensors alive in each phase of a run."""
+    trainer = Trainer(comm, Config(**options))
+    found: dict[str, int] = {}
+    phase = trainer.meter.phase
+
+    @contextlib.contextmanager
+    def counted(name: str) -> Iterator[None]:
+        with phase(name), Live(*trainer.workers.vectors.values()) as live:
+            yield
+        found[name] = max(live.peak, found.get(name, 0))
+
+    trainer.meter.phase = counted  # type: ignore[method-assign]
+    trainer.run()
+    trainer.folder.release()
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2])
+def test_nothing_raises_the_peak_above_that_of_training(size: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Synchronisation, evaluation with its 1,024 calibration images, and saving, with default options."""
+    options = OPTIONS | {"model": "preact_resnet_small", "img_size": 32, "batch_size": 128, "workers": 2}
+    options |= {"local_steps": 1, "rounds": 2, "eval_every": 1, "calibration_samples": 1024}
+    options |= {"eval_memory": None, "eval_batch_size": None, "transit_mib": 64, "output_dir": str(tmp_path)}
+    for peaks in ranks(peaks_of_phases, size, options):
+        assert peaks.keys() == {"local", "sync", "eval", "save"}
+        assert max(peaks.values()) == peaks["local"], peaks
 
 
 def touch(mib: int) -> None:
