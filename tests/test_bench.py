@@ -22,7 +22,8 @@ from PIL import Image
 from resist_ds.comm import Comm
 from resist_ds.errors import RunError, Stopped, UserError
 from tests.conftest import _CONTEXT
-from tools import bench, link, ranks, tables
+from tools import bench
+from tools.benchmark import link, ranks, tables
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 ranks_needed = pytest.mark.ranks

@@ -24,9 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resist_ds.errors import RunError, Stopped, UserError
-from tools import ranks
-from tools.asked import Asked, cores, read
-from tools.link import Link
+from tools.benchmark import ranks
+from tools.benchmark.asked import Asked, cores, read
+from tools.benchmark.link import Link
 
 PACKAGES = ("torch", "timm", "deepspeed", "accelerate")
 
@@ -58,7 +58,7 @@ def _stop(number: int, _: FrameType | None) -> None:
 def compare(asked: Asked, command: Sequence[str]) -> None:
     """Run the strategies in turn; print the report and save it."""
     ranks.warm()
-    from tools import compare, tables
+    from tools.benchmark import compare, tables
 
     folder = _folder(asked.output_dir)
     with Link(asked.ranks, asked.bits) if asked.bits else nullcontext() as network:
@@ -104,7 +104,7 @@ def compare(asked: Asked, command: Sequence[str]) -> None:
 def machinery(asked: Asked) -> None:
     """Ours against bare work, part by part."""
     ranks.warm()
-    from tools import micro
+    from tools.benchmark import micro
 
     folder = _folder(asked.output_dir)
     config = asked.config

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.asked import ONCE_A_ROUND
+from tools.benchmark.asked import ONCE_A_ROUND
 
 Raw = dict[str, Any]
 Summary = dict[str, dict[str, dict[str, float | None]]]  # {strategy: {figure: {"median": …}}}

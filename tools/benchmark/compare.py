@@ -14,8 +14,8 @@ from typing import Any
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.errors import RunError, Stopped, UserError
-from tools import counted, limits, link, ranks
-from tools.asked import ONCE_A_ROUND, of_strategy
+from tools.benchmark import counted, limits, link, ranks
+from tools.benchmark.asked import ONCE_A_ROUND, of_strategy
 
 GIB = 1 << 30
 

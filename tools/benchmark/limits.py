@@ -20,7 +20,7 @@ from resist_ds.partition import Layout, sample_partition
 from resist_ds.sync import Synchroniser
 from resist_ds.trainer import Trainer
 from resist_ds.workers import Workers
-from tools.counted import CLASSES
+from tools.benchmark.counted import CLASSES
 
 STEPS = 20  # of a bare loop at most, after three that do not count
 EXCHANGES = 3  # of a bare collective, after one that does not count

@@ -29,9 +29,9 @@ from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, sample_partition
 from resist_ds.trainer import Trainer
 from resist_ds.workers import Workers
-from tools import ranks
-from tools.counted import CLASSES
-from tools.limits import Exchange, bare_loop, images
+from tools.benchmark import ranks
+from tools.benchmark.counted import CLASSES
+from tools.benchmark.limits import Exchange, bare_loop, images
 
 Times = dict[str, list[float]]
 OURS = "resist_ds"

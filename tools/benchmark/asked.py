@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from resist_ds.config import Config, parse
 from resist_ds.errors import UserError
 from resist_ds.strategy import STRATEGIES
-from tools import link
+from tools.benchmark import link
 
 PARTS = ("local", "sync", "save")  # of the machinery
 # These train alone and average once a round; the others average at every step, with one worker per rank.
