@@ -15,6 +15,7 @@ from statistics import fmean
 import torch
 
 from resist_ds.config import Config
+from resist_ds.deepspeed_config import PRESETS, read
 from resist_ds.errors import UserError
 from resist_ds.footprint import Device, Footprints, Usage
 from resist_ds.models import Blueprint
@@ -297,7 +298,7 @@ class Plan:
             # whole: the root's weights and gradients, those of one block, and of the next that is fetched
             root, *blocks = _units(self.question.blueprint, ranks)
             gathered = (2 * root + 4 * max(blocks)) * _itemsize(self.question.config)
-        return held + usage.passes + gathered
+        return held + usage.passes + gathered + _bucket(strategy)
 
     # --------------------------------------------------------------------------------------------------------
     # Advice
@@ -400,6 +401,14 @@ def _held(strategy: str, ranks: int, weights: int, gradients: int, optimizer: in
         "zero2": (weights, shard(gradients), shard(optimizer + weights)),
         "zero3": (shard(weights), shard(gradients), shard(optimizer + weights)),
     }.get(strategy, (weights, gradients, optimizer))
+
+
+def _bucket(strategy: str) -> int:
+    """Bytes of the buffer that the presets of ZeRO let DeepSpeed have for gradients on their way."""
+    if not strategy.startswith("zero"):
+        return 0
+    zero = read(str(PRESETS / f"{strategy}.json"))["zero_optimization"]
+    return 4 * int(zero["reduce_bucket_size"])
 
 
 def _largest_power_of_two(fits: Callable[[int], bool]) -> int:

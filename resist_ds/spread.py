@@ -14,7 +14,7 @@ from torch import Tensor
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.engine import Engine
-from resist_ds.initial import Initialisation, Source
+from resist_ds.initial import Initialisation, Piece, Source
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, Partition
 from resist_ds.subnet import OptimizerState, StateDict, StateLayout, Subnet, Worker
@@ -57,17 +57,18 @@ class SpreadNet:
     def connect(self) -> None:
         """Spread the net and fill it, tensor by tensor, from the source. Collective: all ranks."""
         self.engine: SpreadEngine = self._make_engine()
-        pieces = [("", self._source.shared())]
-        pool = range(self._blueprint.pool)
-        pieces += [(self._blueprint.block_prefix(b), self._source.block(b)) for b in pool]
-        kept = {"parameter", *OptimizerState.of(self._config).kinds}
-        for prefix, piece in pieces:
-            for name, tensors in piece:
-                for kind in kept:  # what the source lacks starts at zero
-                    value = tensors.get(kind)
-                    if value is None:
-                        value = torch.zeros((1,) if kind == "step" else tensors["parameter"].shape)
-                    self.engine.set(prefix + name, kind, value)
+        self._fill("", self._source.shared())
+        for block in range(self._blueprint.pool):
+            self._fill(self._blueprint.block_prefix(block), self._source.block(block))
+
+    def _fill(self, prefix: str, piece: Piece) -> None:
+        """Put a piece in its place; what the source lacks starts at zero."""
+        for name, tensors in piece:
+            for kind in ("parameter", *OptimizerState.of(self._config).kinds):
+                value = tensors.get(kind)
+                if value is None:
+                    value = torch.zeros((1,) if kind == "step" else tensors["parameter"].shape)
+                self.engine.set(prefix + name, kind, value)
 
     @property
     def loss_scales(self) -> dict[int, dict[str, Any]]:

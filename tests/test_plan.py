@@ -1,5 +1,6 @@
 """Predictions against runs: memory counted here in another way, bytes from the ledger; and the advice."""
 
+import gc
 import json
 import runpy
 import sys
@@ -16,6 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +28,7 @@ from resist_ds.footprint import Device, Footprints, count
 from resist_ds.local import local_steps
 from resist_ds.models import Blueprint
 from resist_ds.parallel import data_parallel
+from resist_ds.partition import Layout, sample_partition
 from resist_ds.plan import (
     BANDWIDTHS,
     BY_FORMULA,
@@ -37,6 +40,7 @@ from resist_ds.plan import (
     quantity,
     sent_per_step,
 )
+from resist_ds.spread import SpreadNet
 from resist_ds.subnet import StateLayout, Subnet, Worker
 from tests import oracle  # registers the narrow nets
 from tests.conftest import Ranks
@@ -58,9 +62,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self, *there: Tensor) -> None:
         super().__init__()
-        self.storages = WeakValueDictionary(
-            {t.untyped_storage().data_ptr(): t.untyped_storage() for t in there}
-        )
+        self.storages = WeakValueDictionary({t.untyped_storage()._cdata: t.untyped_storage() for t in there})
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,10 +72,12 @@ class Live(TorchDispatchMode):
             item = stack.pop()
             if isinstance(item, list | tuple):
                 stack += item
+            elif isinstance(item, DTensor):  # its own storage is none, and says the size of the whole
+                stack.append(item._local_tensor)
             elif isinstance(item, Tensor) and not item.is_meta:
                 storage = item.untyped_storage()
                 if storage.nbytes():
-                    self.storages[storage.data_ptr()] = storage
+                    self.storages[storage._cdata] = storage
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages.values()))
         return out
 
@@ -184,6 +188,32 @@ def test_the_peak_of_ddp_is_that_of_real_steps(ranks: Ranks) -> None:
     plan = plan_of(config, (2,), device="cpu")
     assert measured == pytest.approx([plan.predict("ddp", 2).step] * 2, rel=0.01)
     assert plan.predict("ddp", 2).step > 1.1 * plan.predict("local_sgd", 2).step
+
+
+def of_a_spread_step(comm: Comm, config: Config) -> int:
+    """Peak of real steps of a net that is spread over the ranks, in bytes."""
+    blueprint = Blueprint(config.model, 10)
+    deal = sample_partition(0, 0, workers=comm.size, pool=blueprint.pool)
+    with Live() as live:
+        net = SpreadNet(comm, Layout(comm.size, comm.size), blueprint, config, deal)
+        net.connect()
+        gc.collect()
+        live.peak = 0
+        x = torch.randn(config.batch_size, 3, 32, 32)
+        for _ in range(2):
+            net.engine.step(x, torch.zeros(config.batch_size, dtype=torch.long), 0.1)
+    return live.peak
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", BY_FORMULA)
+def test_the_peak_of_a_spread_step_is_nearly_that_of_real_ones(strategy: Any, ranks: Ranks) -> None:
+    """With DeepSpeed's bucket of gradients, which alone is larger than this net."""
+    config = Config(model="preact_resnet_small", batch_size=16, strategy=strategy)
+    measured = ranks(of_a_spread_step, 2, config)
+    assert measured == pytest.approx(
+        [plan_of(config, (2,), device="cpu").predict(strategy, 2).step] * 2, rel=0.1
+    )
 
 
 def plan_of(config: Config, workers: tuple[int, ...], **given: Any) -> Plan:

@@ -33,7 +33,7 @@ mul-adds: multiply-adds of a step, per rank; of full: the full net's without act
 MB/step, MB/round: sent by all ranks. comm s: its time a round, at {bandwidth} a rank, not overlapped.
 resist, local_sgd, ddp: counted, on a step of tensors without storage and on the deals of {deals} rounds.
 * by formula: FSDP2 with fully_shard on every residual block and the root; ZeRO with a second copy of the
-  weights that a rank updates, without DeepSpeed's buckets, and with one block fetched ahead."""
+  weights that a rank updates and the preset's bucket of gradients; one block fetched ahead."""
 
 
 class Parser(argparse.ArgumentParser):
