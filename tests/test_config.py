@@ -399,7 +399,7 @@ def test_accelerate_configs_go_through_torchrun(name):
         (["--from_pretrained", ""], "--from_pretrained is empty: type a safetensors file"),
         (["--checkpoint_async", "maybe"], "--checkpoint_async is 'maybe': type true or false or null"),
         (["--on_nan", "go"], "--on_nan is 'go': type one of stop, skip"),
-        (["--strategy", "dpp"], "--strategy is 'dpp': type one of resist, local_sgd, ddp"),
+        (["--strategy", "dpp"], "--strategy is 'dpp': type one of resist, local_sgd, stochastic_depth, ddp"),
         (
             ["--strategy", "ddp", "--min_blocks", "2"],
             "--min_blocks is for --strategy resist: with ddp all hold",

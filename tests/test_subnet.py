@@ -231,11 +231,11 @@ def plain_loop(net, optimizer, config, data, rates):
     return loss_sum, right, images
 
 
-def run_steps(subnet, config, data, *, first=0, steps=100, scaler=None):
+def run_steps(subnet, config, data, *, first=0, steps=100, scaler=None, engine=None):
     worker = Worker(0, subnet.vector, scaler or torch.amp.GradScaler("cpu", enabled=False))
     data = list(data)
     rates = [learning_rate(config, step, step / steps) for step in range(first, first + len(data))]
-    engine = TorchEngine(subnet, config)
+    engine = engine or TorchEngine(subnet, config)
     engine.load(worker)
     return local_steps(engine, iter(data), rates=rates)
 
@@ -372,14 +372,15 @@ def test_a_compiled_subnet_is_compiled_once(monkeypatch):
     config = options(compile=True)
     subnet = trained_values(subnet_of(config, slots=1))
     plain = trained_values(subnet_of(replace(config, compile=False), slots=1))
-    assert subnet.forward is not subnet.module
+    engines = {subnet: TorchEngine(subnet, config), plain: TorchEngine(plain, replace(config, compile=False))}
+    assert engines[subnet].forward is not subnet.module
     data = list(batches(2))
     try:
-        run_steps(subnet, config, data[:1])
+        run_steps(subnet, config, data[:1], engine=engines[subnet])
         with torch._dynamo.config.patch(error_on_recompile=True):
             for these in (subnet, plain):
                 if these is plain:
-                    run_steps(plain, config, data[:1])
+                    run_steps(plain, config, data[:1], engine=engines[plain])
                 part = these.layout.slot_part(these.vector, 0)
                 these.layout.block.views(part)["conv1.weight"].copy_(
                     blueprint().initial_block(9, 5)["conv1.weight"]
@@ -390,7 +391,7 @@ def test_a_compiled_subnet_is_compiled_once(monkeypatch):
                     these.module(data[0][0])
                 hook.remove()
                 these.module.train()
-                run_steps(these, config, data[1:], first=60)
+                run_steps(these, config, data[1:], first=60, engine=engines[these])
         assert torch.allclose(subnet.vector, plain.vector, rtol=1e-4, atol=1e-6)
     finally:
         torch._dynamo.reset()
