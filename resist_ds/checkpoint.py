@@ -42,7 +42,10 @@ STATE = "state.json"
 GROUPS = ("model", "optimizer")
 
 # Of this machine or of this start of the run, and nobody else's business.
-_PRIVATE = ("data_dir", "output_dir", "from_pretrained", "resume", "override", "wandb_project", "run_name")
+_PRIVATE = (
+    *("data_dir", "output_dir", "from_pretrained", "deepspeed_config"),
+    *("resume", "override", "wandb_project", "run_name"),
+)
 
 
 @dataclass(frozen=True)

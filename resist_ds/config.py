@@ -307,6 +307,8 @@ class Config:
             raise UserError(
                 f"--deepspeed_config is for --strategy resist and zero1 to zero3, not for {strategy}"
             )
+        if self.deepspeed_config is not None and self.warmup_rounds:
+            raise UserError("--warmup_rounds is not for --deepspeed_config, whose engines keep their size")
         engines = self.way.spread or self.deepspeed_config is not None
         if engines and self.mixed_precision == "fp16":
             raise UserError("--mixed_precision fp16 is not for FSDP2 and DeepSpeed here: type bf16")
@@ -380,6 +382,10 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     from_files = [given for t in typed if t.name == "config" for given in _yaml_file(t.value)]
     print_config = [f"--print_config={t.value}".rstrip("=") for t in typed if t.name == "print_config"]
     options = from_files + [t for t in typed if t.name in _FIELDS]
+    for given in (t for t in typed if t.name == "deepspeed" and t.value != "true"):
+        raise UserError(
+            f"--deepspeed takes no value, and {given.value!r} is one: type --deepspeed_config FILE.json"
+        )
     if any(t.name == "deepspeed" for t in typed) and not any(o.name == "deepspeed_config" for o in options):
         raise UserError("--deepspeed needs a file: type --deepspeed_config FILE.json")
     options = _deepspeed_file(options) + options
@@ -399,11 +405,12 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 def _deepspeed_file(options: Sequence[_Given]) -> list[_Given]:
     """What a DeepSpeed file decides; `Config` refuses what was typed to the contrary."""
-    named = [given for given in options if given.name == "deepspeed_config" and given.value != "null"]
-    if not named or not named[-1].value:
+    named = [given.value for given in options if given.name == "deepspeed_config"]
+    if not named or named[-1] in ("", "null"):
         return []
-    file = named[-1].value
-    found = options_of(file).items()
+    file = named[-1]
+    typed = [given.value for given in options if given.name == "accumulation_steps"]
+    found = options_of(file, int(typed[-1]) if typed and typed[-1].isdecimal() else 1).items()
     return [_Given(option, str(value), f"{file}: {name}") for option, (name, value) in found]
 
 

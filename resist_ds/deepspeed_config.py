@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,31 +22,30 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 PRESETS = Path(__file__).resolve().parent.parent / "ds_configs"
 
-# Fields that decide nothing but how DeepSpeed does it; they are passed on as they are.
-_PASSED_ON = (
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-)
-_ZERO_PASSED_ON = (
-    "allgather_bucket_size",
-    "allgather_partitions",
-    "contiguous_gradients",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "reduce_scatter",
-    "round_robin_gradients",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size",
-    "sub_group_size",
-)
+# Fields that decide nothing but how DeepSpeed does it, and their types; they are passed on as they are.
+_PASSED_ON: dict[str, type] = {"steps_per_print": int, "wall_clock_breakdown": bool}
+_ZERO_PASSED_ON: dict[str, type] = {
+    "allgather_bucket_size": int,
+    "allgather_partitions": bool,
+    "contiguous_gradients": bool,
+    "overlap_comm": bool,
+    "reduce_bucket_size": int,
+    "reduce_scatter": bool,
+    "round_robin_gradients": bool,
+    "stage3_max_live_parameters": int,
+    "stage3_max_reuse_distance": int,
+    "stage3_param_persistence_threshold": int,
+    "stage3_prefetch_bucket_size": int,
+    "sub_group_size": int,
+}
+_NEEDED = {
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}  # by torch's optimizers
 _OPTIMIZERS = {"sgd": "sgd", "adamw": "adamw", "adam": "adamw"}  # DeepSpeed's Adam decouples weight decay too
 _OF_OPTIMIZER = {"sgd": ("lr", "momentum", "nesterov", "weight_decay"), "adamw": ("lr", "weight_decay")}
 _ONLY = {"betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True, "torch_adam": True, "dampening": 0}
-SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
+SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")  # the others set momentum too, or never end
 
 
 def read(file: str) -> Json:
@@ -61,13 +61,16 @@ def read(file: str) -> Json:
     return found
 
 
-def options_of(file: str) -> dict[str, tuple[str, Any]]:
+def options_of(file: str, accumulation_steps: int = 1) -> dict[str, tuple[str, Any]]:
     """{option: (the file's field, its value)} of every option that the file decides.
+
+    Args:
+        accumulation_steps: what was typed, for a file that leaves that open.
 
     Raises:
         UserError: a field that no strategy can honour.
     """
-    return _Reader(file).options
+    return _Reader(file, accumulation_steps).options
 
 
 def check(config: Config) -> None:
@@ -81,7 +84,7 @@ def check(config: Config) -> None:
         if config.schedule == "deepspeed":
             raise UserError("--schedule deepspeed needs a --deepspeed_config with a scheduler in it")
         return
-    found = _Reader(file)
+    found = _Reader(file, config.accumulation_steps)
     for option, (name, value) in found.options.items():
         typed = getattr(config, option)
         if typed != value:
@@ -93,6 +96,14 @@ def check(config: Config) -> None:
     if needed is not None and stage != needed:
         raise UserError(
             f"{file}: zero_optimization.stage is {stage}, and --strategy {config.strategy} is ZeRO {needed}"
+        )
+    if config.schedule == "deepspeed" and found.scheduler is None:
+        raise UserError(f"--schedule deepspeed: {file} has no scheduler: write one, or type another schedule")
+    open_end = (found.scheduler or {"params": {}})["params"].get("warmup_num_steps") == "auto"
+    if config.schedule == "deepspeed" and config.lr_warmup_steps and not open_end:
+        raise UserError(
+            f"{file}: scheduler.params.warmup_num_steps decides, and --lr_warmup_steps is "
+            f"{config.lr_warmup_steps}: write auto, or leave the flag out"
         )
     if config.mixed_precision == "bf16" and stage == 0:
         raise UserError(
@@ -112,7 +123,7 @@ def engine_options(config: Config, ranks: int) -> Json:
         UserError: `train_batch_size` is not what the options make it.
     """
     file = file_of(config)
-    found = _Reader(file)
+    found = _Reader(file, config.accumulation_steps)
     each = 1 if STRATEGIES[config.strategy].stage is None else ranks
     total = found.content.get("train_batch_size", "auto")
     if total not in ("auto", each * config.batch_size):
@@ -121,11 +132,11 @@ def engine_options(config: Config, ranks: int) -> Json:
             f"{each * config.batch_size}: leave it out"
         )
     zero = dict(found.zero) | {"stage": found.stage}
+    passed_on = {name: v for name, v in found.content.items() if name in _PASSED_ON and v != "auto"}
     return {
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's own optimizer steps in host memory as well
+        **_NEEDED,
         "steps_per_print": 1 << 60,
-        **{name: value for name, value in found.content.items() if name in _PASSED_ON},
+        **passed_on,
         "train_micro_batch_size_per_gpu": config.batch_size // config.accumulation_steps,
         "gradient_accumulation_steps": config.accumulation_steps,
         "gradient_clipping": config.clip_grad,
@@ -134,14 +145,17 @@ def engine_options(config: Config, ranks: int) -> Json:
     }
 
 
-def scheduler_of(config: Config, steps: int) -> Json:
-    """The file's scheduler: {"type": …, "params": {…}}, with numbers in place of "auto".
+def scheduler_of(config: Config) -> Json | None:
+    """The file's scheduler, {"type": …, "params": {…}}, where it decides the learning rate."""
+    return _Reader(file_of(config)).scheduler if config.schedule == "deepspeed" else None
+
+
+def resolved(scheduler: Json, config: Config, steps: int) -> Json:
+    """A scheduler with numbers in place of "auto".
 
     Args:
         steps: local steps of the whole run.
     """
-    scheduler = _Reader(file_of(config)).scheduler
-    assert scheduler is not None
     known = {
         "total_num_steps": steps,
         "warmup_num_steps": config.lr_warmup_steps,
@@ -165,8 +179,9 @@ class _Reader:
         zero: of the section zero_optimization, without its stage.
     """
 
-    def __init__(self, file: str):
+    def __init__(self, file: str, accumulation_steps: int = 1):
         self.file = file
+        self._open_steps = accumulation_steps
         self.content = read(file)
         self.options: dict[str, tuple[str, Any]] = {}
         self.zero: Json = {}
@@ -182,7 +197,8 @@ class _Reader:
             "optimizer": self._optimizer,
             "scheduler": self._scheduler,
             "zero_optimization": self._zero,
-            **{name: lambda value: None for name in _PASSED_ON},
+            **{name: partial(self._typed, name, kind) for name, kind in _PASSED_ON.items()},
+            **{name: partial(self._needed, name) for name in _NEEDED},
         }
         for name, value in self.content.items():
             if name not in sections:
@@ -205,34 +221,45 @@ class _Reader:
         if value != "auto" and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise UserError(f"{self.file}: {name} is {value!r}: write a number, or auto")
 
-    def _option(self, option: str, name: str, kind: type, value: Any) -> None:
-        if value == "auto":
+    def _typed(self, name: str, kind: type, value: Any) -> None:
+        """Refuse what is neither "auto" nor of that type."""
+        if kind is bool:
+            if value != "auto" and not isinstance(value, bool):
+                raise UserError(f"{self.file}: {name} is {value!r}: write true, false or auto")
             return
-        if kind is not bool:
-            self._number(name, value)
-        self.options[option] = (name, kind(value))
+        self._number(name, value)
+        if kind is int and value not in ("auto", int(value) if value != "auto" else 0):
+            raise UserError(f"{self.file}: {name} is {value!r}: write a whole number, or auto")
+
+    def _needed(self, name: str, value: Any) -> None:
+        if value != _NEEDED[name]:
+            raise self._refused(f"{name} {value!r}", f": it is {_shown(_NEEDED[name])} here")
+
+    def _option(self, option: str, name: str, kind: type, value: Any) -> None:
+        self._typed(name, kind, value)
+        if value != "auto":
+            self.options[option] = (name, kind(value))
 
     def _batch(self) -> None:
         """Batch sizes: a worker's batch is micro-batch × accumulation."""
         names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         given = [self.content.get(name, "auto") for name in names]
         for name, value in zip(names, given, strict=True):
-            self._number(name, value)
+            self._typed(name, int, value)
         micro, parts = given
-        if parts != "auto":
-            self._option("accumulation_steps", names[1], int, parts)
+        self._option("accumulation_steps", names[1], int, parts)
         if micro != "auto":
-            size = int(micro) * (1 if parts == "auto" else int(parts))
+            size = int(micro) * (self._open_steps if parts == "auto" else int(parts))
             self.options["batch_size"] = (" × ".join(names), size)
-            self.options.setdefault("accumulation_steps", (names[0], 1))
 
     def _bf16(self, value: Any) -> None:
         enabled = self._section("bf16", value, ("enabled",)).get("enabled", "auto")
-        if enabled != "auto" and enabled:
-            self.options["mixed_precision"] = ("bf16.enabled", "bf16")
+        self._typed("bf16.enabled", bool, enabled)
+        if enabled != "auto":
+            self.options["mixed_precision"] = ("bf16.enabled", "bf16" if enabled else "no")
 
     def _fp16(self, value: Any) -> None:
-        if value.get("enabled", False) if isinstance(value, dict) else value:
+        if (value.get("enabled", False) if isinstance(value, dict) else value) not in (False, "auto"):
             raise self._refused("fp16", ": its loss scale is no state of a worker; write bf16")
 
     def _optimizer(self, value: Any) -> None:
@@ -257,7 +284,10 @@ class _Reader:
             known = ", ".join(SCHEDULERS)
             raise UserError(f"{self.file}: scheduler.type is {section.get('type')!r}: write one of {known}")
         self.options["schedule"] = ("scheduler.type", "deepspeed")
-        self.scheduler = {"type": section["type"], "params": section.get("params", {})}
+        params = section.get("params", {})
+        if not isinstance(params, dict):
+            raise UserError(f"{self.file}: scheduler.params is {params!r}: write an object, {{…}}")
+        self.scheduler = {"type": section["type"], "params": params}
 
     def _zero(self, value: Any) -> None:
         section = self._section("zero_optimization", value, ("stage", "offload_optimizer", *_ZERO_PASSED_ON))
@@ -265,7 +295,9 @@ class _Reader:
         if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
             raise UserError(f"{self.file}: zero_optimization.stage is {stage!r}: write 0, 1, 2 or 3")
         self.stage = stage
-        self.zero = {name: v for name, v in section.items() if name != "stage"}
+        for name in section.keys() & _ZERO_PASSED_ON.keys():
+            self._typed(f"zero_optimization.{name}", _ZERO_PASSED_ON[name], section[name])
+        self.zero = {name: v for name, v in section.items() if name != "stage" and v != "auto"}
         offload = self._section(
             "zero_optimization.offload_optimizer",
             section.get("offload_optimizer", {}),
@@ -275,6 +307,8 @@ class _Reader:
             raise self._refused(
                 f"zero_optimization.offload_optimizer.device {offload['device']!r}", ": write cpu or none"
             )
+        if offload.get("device") == "cpu" and stage == 0:
+            raise self._refused("zero_optimization.offload_optimizer at stage 0", ": write stage 1, 2 or 3")
 
 
 def _shown(value: object) -> object:

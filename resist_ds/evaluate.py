@@ -98,7 +98,8 @@ class Evaluation:
             )
             # As many batches wait for the next block as fit; every rank streams the pool equally often.
             each = image_bytes * len(self._batches[0])
-            at_once = max(1, min(self.comm.gather((free if self.memory is None else self.memory) // each)))
+            room = free - walk.calibrating if self.memory is None else self.memory
+            at_once = max(1, min(self.comm.gather(room // each)))
             found: list[tuple[float, int, int]] = []
             for _ in range(0, -(-len(self._batches) // self.comm.size), at_once):
                 chunk = self.comm.agree(lambda: [(walk.before(x), y) for x, y in islice(test, at_once)])
@@ -172,6 +173,11 @@ class _Walk:
         self._calibrate(self._before)
         first = self._calibration[0]
         return math.prod(first.shape[1:]) * first.element_size()
+
+    @property
+    def calibrating(self) -> int:
+        """Bytes of the calibration activations that wait."""
+        return sum(group.nbytes for group in self._calibration or ())
 
     def before(self, x: Tensor) -> Tensor:
         return _run(self._before, x)

@@ -100,14 +100,22 @@ def deepspeed_engine(
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's that DeepSpeed's own calls meet
-        return deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=json.loads(json.dumps(options)),
-            mpu=_Alone(comm) if alone else None,
-        )[0]
+    before = os.environ["LOCAL_RANK"]
+    if comm.device.type == "cuda":  # DeepSpeed takes the GPU of that number; several ranks may share one
+        os.environ["LOCAL_RANK"] = str(comm.device.index)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's that DeepSpeed's own calls meet
+            return deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=json.loads(json.dumps(options)),
+                mpu=_Alone(comm) if alone else None,
+            )[0]
+    except (ValueError, TypeError, AssertionError) as error:  # its own checks of its options
+        raise UserError(f"DeepSpeed refuses its options: {str(error).splitlines()[0]}") from error
+    finally:
+        os.environ["LOCAL_RANK"] = before
 
 
 @contextmanager

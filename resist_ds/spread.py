@@ -81,31 +81,31 @@ class SpreadNet:
 
     def for_evaluation(self, deal: Partition) -> tuple[Subnet, dict[int, Tensor]]:
         """A sub-ResNet with the shared part, and this rank's share of the pool. Collective: all ranks."""
-        vector = self._gather(deal, {"parameter"}, "eval")
-        subnet = Subnet(self._blueprint, self.layout, self._config, self._comm.device, vector)
-        return subnet, {self._worker.index: vector}
+        layout, device = self.layout.without_state(), self._comm.device
+        vector = self._gather(deal, layout, device, "eval")
+        return Subnet(self._blueprint, layout, self._config, device, vector), {self._worker.index: vector}
 
     def owned(self, deal: Partition) -> StateDict:
         """The partitioned state dict: this rank's share, gathered. Collective: all ranks."""
-        kinds = {"parameter", *OptimizerState.carried(self._config).kinds}
-        vector = self._gather(deal, kinds, "save")
+        vector = self._gather(deal, self.layout, torch.device("cpu"), "save")
         return owned(self._blueprint, self.layout, {self._worker.index: vector}, deal)
 
-    def _gather(self, deal: Partition, kinds: set[str], why: str) -> Tensor:
+    def _gather(self, deal: Partition, layout: StateLayout, device: torch.device, why: str) -> Tensor:
         """What a worker of `resist` would hold under `deal`, in a new vector. Collective: all ranks.
 
         Args:
+            layout: of the vector.
             why: under which the ledger counts it, as an all-gather.
         """
         comm, prefix = self._comm, self._blueprint.block_prefix
         dtype = getattr(torch, self._config.dtype)
-        vector = torch.zeros(self.layout.numel, dtype=dtype, device=comm.device)
-        held = self.layout.shared.tensors(self.layout.shared_part(vector))
+        vector = torch.zeros(layout.numel, dtype=dtype, device=device)
+        held = layout.shared.tensors(layout.shared_part(vector))
         for slot, block in enumerate(deal.blocks[self._worker.index]):
-            part = self.layout.block.tensors(self.layout.slot_part(vector, slot))
+            part = layout.block.tensors(layout.slot_part(vector, slot))
             held |= {prefix(block) + name: tensors for name, tensors in part.items()}
         for name in self._blueprint.shapes:
-            for kind in sorted(kinds):
+            for kind in ("parameter", *sorted(layout.shared.state.kinds)):
                 value = self.engine.get(name, kind)
                 comm.ledger[why] += (comm.size - 1) * value.nbytes // comm.size
                 if name in held:

@@ -202,6 +202,11 @@ def _check(config: Mapping[str, Any], overridden: tuple[str, ...], state: State,
                 f"--{name} is {config[name]}, and the checkpoint's is {before[name]}: type that, "
                 "or start from an export of it, by --from_pretrained"
             )
+    if config["scheduler"] != state.config.get("scheduler") and "schedule" not in overridden:
+        raise UserError(
+            "the DeepSpeed file has another scheduler than that of the checkpoint's run: write the old one, "
+            f"or type --override {','.join((*overridden, 'schedule'))}"
+        )
     refused = [name for name in different if name not in overridden]
     if refused:
         fields = ", ".join(f"--{n} is {_shown(config[n])} and was {_shown(before[n])}" for n in refused)

@@ -9,7 +9,7 @@ a plain loop does the same, at the same speed.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -155,6 +155,17 @@ class StateLayout:
             part = self.block.tensors(self.slot_part(vector, slot))
             found |= {prefix(slot) + name: tensors for name, tensors in part.items()}
         return found
+
+    def without_state(self) -> "StateLayout":
+        """The layout of a vector that holds parameters alone, for evaluation."""
+        shared, block = (replace(part, state=OptimizerState(())) for part in (self.shared, self.block))
+        return StateLayout(shared, block, self.slots)
+
+    def only_parameters(self, vector: Tensor) -> Tensor:
+        """A copy of a vector's parameters, laid out by `without_state`."""
+        parts = [self.shared_part(vector)[: self.shared.parameters]]
+        parts += [self.slot_part(vector, slot)[: self.block.parameters] for slot in range(self.slots)]
+        return torch.cat(parts)
 
     def reset_optimizer(self, vector: Tensor) -> None:
         """Forget momentum, as the release does at every re-partition (`--optimizer_state reset`)."""

@@ -19,7 +19,7 @@ from resist_ds.checkpoint import State, config_hash, config_to_keep, folder_name
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data, download, load_data
-from resist_ds.deepspeed_config import scheduler_of
+from resist_ds.deepspeed_config import resolved, scheduler_of
 from resist_ds.engine import autocast, is_finite
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
 from resist_ds.evaluate import Evaluation, Result
@@ -112,11 +112,13 @@ class Trainer:
         )
         self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
 
-        if config.deepspeed_config is not None:
+        if config.deepspeed_config is not None and config.way.partitions:
             comm.alone  # noqa: B018  # made by all ranks together, before each makes its engine
+        self._scheduled = comm.agree(self._deepspeed_schedule)
         self.deal = self.partition(start.position.round)
         self.workers = comm.agree(self._place_workers)
-        self.workers.connect()
+        with one_line_when_out(comm.device, comm.rank):
+            self.workers.connect()
         dtype = getattr(torch, config.dtype)
         self.statistics = comm.agree(lambda: start.statistics(self.blueprint, dtype))
         self.statistics_round = start.state.statistics_round if start.state else None
@@ -215,7 +217,18 @@ class Trainer:
     def options(self) -> dict[str, Any]:
         """The options as a checkpoint keeps them, with the data set's values in place of nulls."""
         classes, size = self.data.num_classes, self.data.img_size
-        return config_to_keep(replace(self.config, num_classes=classes, img_size=size))
+        kept = config_to_keep(replace(self.config, num_classes=classes, img_size=size))
+        return kept | {"scheduler": scheduler_of(self.config)}  # of a file that stays behind
+
+    def _deepspeed_schedule(self) -> Callable[[int], float] | None:
+        """Local step → learning rate, where a DeepSpeed file's scheduler decides."""
+        scheduler = scheduler_of(self.config)
+        if scheduler is None:
+            return None
+        from resist_ds.parallel import deepspeed_schedule  # which imports much
+
+        scheduler = resolved(scheduler, self.config, self._after(self.rounds - 1).step)
+        return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)
 
     def _place_workers(self) -> Workers | SpreadNet:
         config, blueprint, state = self.config, self.blueprint, self.start.state
@@ -465,9 +478,8 @@ class Trainer:
         another number of workers does not move it. (Both quotients are the same while W stays.)
         """
         first, last = self._after(round - 1), self._after(self.rounds - 1)
-        if self.config.schedule == "deepspeed":
-            scheduled = self._scheduled(last.step)
-            return [scheduled(first.step + i) for i in range(self.config.local_steps)]
+        if self._scheduled is not None:
+            return [self._scheduled(first.step + i) for i in range(self.config.local_steps)]
         each = self.layout.workers * self.config.batch_size
         rates = []
         for i in range(self.config.local_steps):
@@ -475,13 +487,6 @@ class Trainer:
             done = step / last.step if self.config.rounds else samples / last.samples
             rates.append(learning_rate(self.config, step, done))
         return rates
-
-    def _scheduled(self, steps: int) -> Callable[[int], float]:
-        """The DeepSpeed file's learning rates, of a run of so many local steps."""
-        from resist_ds.parallel import deepspeed_schedule  # which imports much
-
-        scheduler = scheduler_of(self.config, steps)
-        return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)
 
     def _axes(self, round: int, trained: Partition) -> dict[str, float]:
         """Where in the run the end of a round is, and what a worker held in it."""

@@ -54,7 +54,7 @@ class Workers:
         self._steps = steps
         mine = layout.workers_of(comm.rank)
         self._prepare(deal.slots)
-        fp16 = config.mixed_precision == "fp16" and config.deepspeed_config is None
+        fp16 = config.mixed_precision == "fp16"
         self._workers = [
             Worker(w, self._room(alone=len(mine) == 1), torch.amp.GradScaler(comm.device.type, enabled=fp16))
             for w in mine
@@ -126,8 +126,10 @@ class Workers:
             if first is not self.subnet.vector:
                 self.subnet.vector.copy_(first)
             return self.subnet, self.vectors
-        on_device = first.to(self._comm.device)
-        return Subnet(self._blueprint, self.layout, self._config, self._comm.device, on_device), self.vectors
+        alone = {worker: self.layout.only_parameters(vector) for worker, vector in self.vectors.items()}
+        on_device = next(iter(alone.values())).to(self._comm.device)
+        layout = self.layout.without_state()
+        return Subnet(self._blueprint, layout, self._config, self._comm.device, on_device), alone
 
     def resize(self, slots: int) -> None:
         """Go on with fewer slots, when warm-up ends: the first ones of each state are kept."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resist_ds.comm import Comm
+from resist_ds.comm import Comm, Ledger
 from resist_ds.config import Config
 from resist_ds.deepspeed_config import engine_options
 from resist_ds.engine import Score, is_finite, micro_batches
@@ -100,11 +100,17 @@ class ZeroEngine:
                 self._engine.backward(loss)  # divides it by the number of micro-batches
                 score.add(logits, y_part, loss)
                 self._engine.step()  # after the last of them
+        if getattr(
+            self._engine.optimizer, "overflow", False
+        ):  # DeepSpeed has left the step out, without a word
+            score.loss.fill_(torch.nan)
         return score.loss, score.right
 
     def is_finite(self) -> bool:
         base = self._base
         tensors = [p.detach() for group in base.param_groups for p in group["params"]]
+        # stage 3 has its masters elsewhere between steps
+        tensors += [p.detach() for p in getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", ())]
         tensors += [t for state in base.state.values() for t in state.values() if isinstance(t, Tensor)]
         return all(is_finite(tensor) for tensor in tensors if tensor.numel())
 
@@ -127,12 +133,13 @@ class ZeroEngine:
     def set(self, name: str, kind: str, value: Tensor) -> None:
         """Put a value, which all of the engine's ranks give whole, where they keep it."""
         parameter: Any = self._parameters[name]
-        if kind == self._counter:
+        if self.stage == 0:
+            tensor = self.get(name, kind)
+            tensor.copy_(value.reshape(tensor.shape))
+            return
+        if kind == self._counter:  # one for all in a flat partition
             for state in self._base.state.values():
                 state[kind].fill_(value.item())
-            return
-        if self.stage == 0:
-            self.get(name, kind).copy_(value)
             return
         value = value.to(self._comm.device, torch.float32).contiguous()
         if self.stage < 3:
@@ -167,12 +174,14 @@ class ZeroEngine:
     def _make_states(self) -> None:
         """A first step at learning rate 0: DeepSpeed makes optimizer states only then, and links them."""
         config, device = self._config, self._comm.device
-        size = config.img_size or 64
-        images = torch.zeros(config.batch_size, 3, size, size, dtype=torch.float32, device=device)
-        images[:, :, 0, 0] = torch.arange(config.batch_size, device=device)[:, None]
-        labels = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
-        self.step(images, labels, rate=0.0)
+        images = 2 * config.accumulation_steps  # the fewest that BatchNorm can train on
+        size = max(config.img_size or 0, 64)
+        x = torch.zeros(images, 3, size, size, dtype=torch.float32, device=device)
+        x[:, :, 0, 0] = torch.arange(images, device=device)[:, None]
+        sent = Ledger(self._comm.ledger)
+        self.step(x, torch.zeros(images, dtype=torch.int64, device=device), rate=0.0)
         self._comm.ledger.clear()  # it is no step of the run
+        self._comm.ledger.update(sent)
 
     def _counted(self) -> AbstractContextManager[None]:
         return nullcontext() if self._layout else deepspeed_counted(self._comm)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,46 @@ def test_too_few_ranks(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
     assert results == [(2, f"error: {line}\n"), (2, "")]
 
 
+def spoils_a_gradient(comm: Comm, folder: Path, options: dict[str, Any]) -> Any:
+    """One number of one gradient is Inf, in the only step of the round."""
+    from resist_ds import zero
+
+    cross_entropy = zero.F.cross_entropy
+
+    def spoilt(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        if zero_steps.pop():
+            logits.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), math.inf))
+        return cross_entropy(logits, *args, **kwargs)
+
+    zero_steps = [True, False]  # the first step is DeepSpeed's own, at learning rate 0
+    zero.F = SimpleNamespace(cross_entropy=spoilt, pad=torch.nn.functional.pad)  # type: ignore[assignment]
+    return outcome(comm, folder, options)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_bad_gradient_is_not_dropped_without_a_word(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed leaves such a step out and goes on."""
+    options: dict[str, Any] = {"workers": 1, "local_steps": 1, "output_dir": str(tmp_path / "r")}
+    options["deepspeed_config"] = written(tmp_path, {"zero_optimization": {"stage": stage}})
+    (found,) = ranks(spoils_a_gradient, 1, tmp_path, options)
+    assert found.code == 3 and "worker 0 met NaN or Inf in round 1" in found.stderr
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_nan_in_an_engines_weights_is_never_saved(
+    stage: int, momentum: float, ranks: Ranks, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"workers": 1, "lr": 3e38, "momentum": momentum, "local_steps": 1, "rounds": 1}
+    options |= {"output_dir": str(tmp_path / "r"), "schedule": "constant"}
+    options["deepspeed_config"] = written(tmp_path, {"zero_optimization": {"stage": stage}})
+    (found,) = ranks(outcome, 1, tmp_path, options)
+    assert found.code == 3 and "met NaN or Inf in round 1" in found.stderr
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("strategy", SPREAD)
 def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
@@ -171,7 +212,7 @@ def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None
         (0, 2, {}),
         (0, 2, {"workers": 3, "accumulation_steps": 2, "clip_grad": 0.5, "nesterov": True, "batch_size": 16}),
         (1, 2, {"workers": 3}),
-        (1, 2, {"optimizer_state": "reset", "min_blocks": 5, "warmup_rounds": 1}),
+        (1, 2, {"optimizer_state": "reset", "min_blocks": 5}),
         (1, 2, {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.1, "min_blocks": 5}),
         (1, 2, {"offload": "cpu"}),
         (2, 2, {"workers": 3}),
@@ -256,8 +297,12 @@ def test_a_file_says_what_options_say(tmp_path: Path) -> None:
     assert given["zero_optimization"] == FILE["zero_optimization"] and given["bf16"] == {"enabled": True}
     assert given["gradient_clipping"] == 0.5 and given["steps_per_print"] == 7
     assert "optimizer" not in given and "scheduler" not in given
-    scheduler = deepspeed_config.scheduler_of(config, steps=100)
-    assert scheduler == {"type": "WarmupLR", "params": {"warmup_max_lr": 0.3, "warmup_num_steps": 5}}
+    scheduler = deepspeed_config.scheduler_of(config)
+    assert scheduler == FILE["scheduler"]
+    assert deepspeed_config.resolved(scheduler, config, steps=100) == {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": 0.3, "warmup_num_steps": 5},
+    }
 
 
 def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
@@ -329,6 +374,52 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
             ["--strategy=ddp"],
             "--deepspeed_config is for --strategy resist and zero1 to zero3, not for ddp",
         ),
+        ({"bf16": {"enabled": False}}, ["--mixed_precision=bf16"], "bf16.enabled makes --mixed_precision no"),
+        ({"bf16": {"enabled": "false"}}, [], "bf16.enabled is 'false': write true, false or auto"),
+        (
+            {"gradient_accumulation_steps": 2.5},
+            [],
+            "gradient_accumulation_steps is 2.5: write a whole number",
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"nesterov": "no"}}},
+            [],
+            "nesterov is 'no': write true, false",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": None}},
+            [],
+            "scheduler.params is None: write an object",
+        ),
+        ({"scheduler": {"type": "OneCycle"}}, [], "scheduler.type is 'OneCycle': write one of WarmupLR"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
+            ["--lr_warmup_steps=3"],
+            "scheduler.params.warmup_num_steps decides, and --lr_warmup_steps is 3",
+        ),
+        ({}, ["--schedule=deepspeed"], "has no scheduler: write one, or type another schedule"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "big"}},
+            [],
+            "reduce_bucket_size is 'big': write a number",
+        ),
+        ({"steps_per_print": None}, [], "steps_per_print is None: write a number"),
+        (
+            {"zero_allow_untested_optimizer": False},
+            [],
+            "zero_allow_untested_optimizer False cannot be honoured",
+        ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            [],
+            "offload_optimizer at stage 0 cannot be honoured",
+        ),
+        (
+            {},
+            ["--warmup_rounds=2"],
+            "--warmup_rounds is not for --deepspeed_config, whose engines keep their size",
+        ),
+        ({}, ["--deepspeed=a.json"], "--deepspeed takes no value, and 'a.json' is one"),
         ({}, ["--compile"], "--compile is not for FSDP2 and DeepSpeed here"),
         ({}, ["--mixed_precision=fp16"], "--mixed_precision fp16 is not for FSDP2 and DeepSpeed here"),
     ],
@@ -341,6 +432,23 @@ def test_what_cannot_be_honoured_is_named(
     said = str(raised.value)
     assert message in said and "\n" not in said
     assert "deepspeed.json" in said or message.startswith("--")
+
+
+def test_auto_is_what_the_options_say(tmp_path: Path) -> None:
+    auto = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "steps_per_print": "auto"}
+    file = written(
+        tmp_path, auto | {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": "auto"}
+    )
+    config = parse(["--accumulation_steps", "2", "--deepspeed_config", file])
+    assert (config.batch_size, config.accumulation_steps, config.mixed_precision) == (8, 2, "no")
+    assert isinstance(deepspeed_config.engine_options(config, 1)["steps_per_print"], int)
+
+
+def test_null_on_the_command_line_leaves_a_file_out(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"deepspeed_config: {written(tmp_path, FILE)}\n")
+    assert parse(["--config", str(preset)]).lr == 0.3
+    assert parse(["--config", str(preset), "--deepspeed_config", "null"]).lr == Config.default("lr")
 
 
 @pytest.mark.parametrize(
@@ -407,9 +515,18 @@ def test_a_run_follows_the_files_scheduler(ranks: Ranks, tmp_path: Path) -> None
         "output_dir": str(tmp_path / "r"),
     }
     ranks(saved.train, 1, options | {"deepspeed_config": written(tmp_path, content)})
+    state = json.loads((last(tmp_path / "r") / "state.json").read_text())
+    assert "deepspeed_config" not in state["config"]  # no path; but what it said of the learning rate:
+    assert state["config"]["scheduler"] == content["scheduler"]
     rates = [line["lr"] for line in loss_log(tmp_path / "r") if line["kind"] == "round"]
     # The rate of a round's last step: steps 1, 3, 5, 7 and 9 of 10, after four of warm-up.
     assert rates == pytest.approx([0.0, 0.05, 0.1, 0.1 * 4 / 6, 0.1 * 2 / 6], abs=1e-6)
+    content["scheduler"]["params"]["warmup_max_lr"] = 5.0
+    goes_on = {"resume": "auto", "override": "rounds", "rounds": 6}
+    (found,) = ranks(
+        outcome, 1, tmp_path, options | goes_on | {"deepspeed_config": written(tmp_path, content)}
+    )
+    assert found.code == 2 and "another scheduler than that of the checkpoint's run" in found.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------
