@@ -100,9 +100,8 @@ class ZeroEngine:
                 self._engine.backward(loss)  # divides it by the number of micro-batches
                 score.add(logits, y_part, loss)
                 self._engine.step()  # after the last of them
-        if getattr(
-            self._engine.optimizer, "overflow", False
-        ):  # DeepSpeed has left the step out, without a word
+        # On a gradient that is Inf or NaN, DeepSpeed leaves the step out without a word.
+        if getattr(self._engine.optimizer, "overflow", False):
             score.loss.fill_(torch.nan)
         return score.loss, score.right
 

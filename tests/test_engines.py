@@ -178,7 +178,7 @@ def test_nan_in_an_engines_weights_is_never_saved(
     stage: int, momentum: float, ranks: Ranks, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"workers": 1, "lr": 3e38, "momentum": momentum, "local_steps": 1, "rounds": 1}
-    options |= {"output_dir": str(tmp_path / "r"), "schedule": "constant"}
+    options |= {"output_dir": str(tmp_path / "r"), "schedule": "constant", "weight_decay": 10.0}
     options["deepspeed_config"] = written(tmp_path, {"zero_optimization": {"stage": stage}})
     (found,) = ranks(outcome, 1, tmp_path, options)
     assert found.code == 3 and "met NaN or Inf in round 1" in found.stderr
