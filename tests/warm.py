@@ -1,8 +1,12 @@
 """Imported once by the process that the tests' ranks are forked from: they need not import it again."""
 
+import importlib
+
 import sklearn.datasets  # noqa: F401
 
 import resist_ds.trainer  # noqa: F401
 from resist_ds import comm
 
 comm.deepspeed_comm()
+for name in ("resist_ds.zero", "resist_ds.fsdp"):  # after DeepSpeed's environment is set
+    importlib.import_module(name)
