@@ -38,10 +38,8 @@ _ZERO_PASSED_ON: dict[str, type] = {
     "stage3_prefetch_bucket_size": int,
     "sub_group_size": int,
 }
-_NEEDED = {
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}  # by torch's optimizers
+# What torch's own optimizers need.
+_NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 _OPTIMIZERS = {"sgd": "sgd", "adamw": "adamw", "adam": "adamw"}  # DeepSpeed's Adam decouples weight decay too
 _OF_OPTIMIZER = {"sgd": ("lr", "momentum", "nesterov", "weight_decay"), "adamw": ("lr", "weight_decay")}
 _ONLY = {"betas": [0.9, 0.999], "eps": 1e-8, "adam_w_mode": True, "torch_adam": True, "dampening": 0}

@@ -106,6 +106,7 @@ class Trainer:
                 f"--min_blocks {config.min_blocks} is more than {config.model} has: "
                 f"type at most {self.blueprint.pool}, its pool blocks"
             )
+        self._scheduler = comm.agree(lambda: scheduler_of(config))  # once: the file may change during the run
         comm.agree(lambda: start.check(self.options, self.data.train_size))
         self.order = Order(
             config.seed, self.data.train_size, self.layout.workers, config.batch_size, start.position
@@ -217,17 +218,17 @@ class Trainer:
     def options(self) -> dict[str, Any]:
         """The options as a checkpoint keeps them, with the data set's values in place of nulls."""
         classes, size = self.data.num_classes, self.data.img_size
-        kept = config_to_keep(replace(self.config, num_classes=classes, img_size=size))
-        return kept | {"scheduler": scheduler_of(self.config)}  # of a file that stays behind
+        # The scheduler is that of a file that stays behind. (A new Config would read that file again.)
+        derived = {"num_classes": classes, "img_size": size, "scheduler": self._scheduler}
+        return config_to_keep(self.config) | derived
 
     def _deepspeed_schedule(self) -> Callable[[int], float] | None:
         """Local step → learning rate, where a DeepSpeed file's scheduler decides."""
-        scheduler = scheduler_of(self.config)
-        if scheduler is None:
+        if self._scheduler is None:
             return None
         from resist_ds.parallel import deepspeed_schedule  # which imports much
 
-        scheduler = resolved(scheduler, self.config, self._after(self.rounds - 1).step)
+        scheduler = resolved(self._scheduler, self.config, self._after(self.rounds - 1).step)
         return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)
 
     def _place_workers(self) -> Workers | SpreadNet:

@@ -504,6 +504,29 @@ def test_deepspeeds_schedulers_give_the_rates() -> None:
         deepspeed_schedule("WarmupLR", {"no_such": 1}, 0.5)
 
 
+def trains_while_the_file_goes(comm: Comm, options: dict[str, Any]) -> None:
+    """The file is deleted once the run is set up."""
+    trainer = Trainer(comm, Config(**(OPTIONS | options)))
+    Path(options["deepspeed_config"]).unlink()
+    trainer.run()
+    trainer.folder.release()
+
+
+@pytest.mark.ranks
+def test_a_file_that_goes_during_a_run_is_not_missed(ranks: Ranks, tmp_path: Path) -> None:
+    """It is read at the start; checkpoints keep what it said."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 4}}
+    options = RUN | {"workers": 2, "rounds": 2, "schedule": "deepspeed", "checkpoint_every": 1}
+    options |= {
+        "output_dir": str(tmp_path / "r"),
+        "deepspeed_config": written(tmp_path, {"scheduler": scheduler}),
+    }
+    ranks(trains_while_the_file_goes, 1, options)
+    for name in checkpoints(tmp_path / "r"):
+        state = json.loads((tmp_path / "r" / "checkpoints" / name / "state.json").read_text())
+        assert state["config"]["scheduler"] == scheduler
+
+
 @pytest.mark.ranks
 def test_a_run_follows_the_files_scheduler(ranks: Ranks, tmp_path: Path) -> None:
     params = {"warmup_min_lr": 0, "warmup_max_lr": 0.1, "warmup_num_steps": "auto", "warmup_type": "linear"}
