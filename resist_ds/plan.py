@@ -14,6 +14,7 @@ from statistics import fmean
 
 import torch
 
+from resist_ds import strategy as ways
 from resist_ds.config import Config
 from resist_ds.deepspeed_config import PRESETS, read
 from resist_ds.errors import UserError
@@ -23,8 +24,8 @@ from resist_ds.partition import Layout, elements_sent, sample_partition, slots_f
 from resist_ds.subnet import StateLayout
 from resist_ds.sync import MEAN_CHUNK
 
-STRATEGIES = ("resist", "local_sgd", "ddp", "fsdp", "zero1", "zero2", "zero3")
-BY_FORMULA = STRATEGIES[3:]
+STRATEGIES = tuple(name for name in ways.STRATEGIES if name != "stochastic_depth")  # that has one worker
+BY_FORMULA = tuple(name for name in STRATEGIES if ways.STRATEGIES[name].spread)
 DEALS = 21  # whose hand-offs the bytes of a round are the mean of: rounds differ by what happens to stay
 
 BANDWIDTHS = {"kbit": 125e0, "mbit": 125e3, "gbit": 125e6, "tbit": 125e9}  # bytes a second
@@ -269,8 +270,8 @@ class Plan:
             workers=workers,
             slots=slots,
             activation_checkpointing=activation_checkpointing,
-            parameters=-(
-                -blueprint.parameters_held(slots) // (workers if strategy in ("fsdp", "zero3") else 1)
+            parameters=ways.STRATEGIES[strategy].parameters_held(
+                blueprint.parameters, blueprint.parameters_held(slots), workers
             ),
             weights=held[0],
             gradients=held[1],

@@ -80,3 +80,8 @@ def loss_log(folder: Path) -> list[dict[str, Any]]:
 def checkpoints(folder: Path) -> list[str]:
     """Names of a run's checkpoints, and of whatever else lies there."""
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def last(folder: Path) -> Path:
+    """The last checkpoint of a run."""
+    return folder / "checkpoints" / checkpoints(folder)[-1]

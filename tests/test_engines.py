@@ -21,7 +21,7 @@ from resist_ds.partition import sample_partition
 from resist_ds.trainer import Trainer
 from tests import oracle, saved
 from tests.conftest import Ranks
-from tests.saved import OPTIONS, checkpoints, digest, loss_log, outcome, tensors
+from tests.saved import OPTIONS, checkpoints, digest, last, loss_log, outcome, tensors
 from tests.test_oracle import BASE, assert_agreement, train
 
 SPREAD = ("fsdp", "zero1", "zero2", "zero3")
@@ -34,11 +34,6 @@ RUN: dict[str, Any] = {
     "checkpoint_every": 0,
     "schedule": "constant",
 }
-
-
-def last(folder: Path) -> Path:
-    """The last checkpoint of a run."""
-    return folder / "checkpoints" / checkpoints(folder)[-1]
 
 
 def written(folder: Path, content: object) -> str:

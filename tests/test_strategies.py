@@ -12,18 +12,13 @@ from resist_ds.comm import Comm
 from resist_ds.errors import RunError
 from resist_ds.models import Blueprint
 from tests.conftest import Ranks
-from tests.saved import OPTIONS, checkpoints, digest, loss_log, outcome, tensors, train
+from tests.saved import OPTIONS, checkpoints, digest, last, loss_log, outcome, tensors, train
 from tests.test_errors import Outcome
 
 pytestmark = pytest.mark.ranks
 
 P = 7
 RUN: dict[str, Any] = {"workers": 3, "rounds": 3, "local_steps": 4, "eval_every": 0, "checkpoint_every": 0}
-
-
-def last(folder: Path) -> Path:
-    """The last checkpoint of a run."""
-    return folder / "checkpoints" / checkpoints(folder)[-1]
 
 
 def test_local_sgd_is_resist_with_the_whole_pool_for_everyone(ranks: Ranks, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ Options that this tool does not know go to every run: `--model preact_resnet101 
 """
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resist_ds.config import parse
 from resist_ds.errors import UserError
+from resist_ds.figures import read
 
 ROOT = Path(__file__).resolve().parent.parent
 # A narrow net with a deep section 3 (P = 8), small enough for a CPU. One peak rate for all: none was tuned.
@@ -143,7 +143,7 @@ def run_all(given: argparse.Namespace, others: list[str]) -> None:
         if code:
             print(f"{folder.name}: exit code {code}, see {log.name}", file=sys.stderr, flush=True)
             raise subprocess.CalledProcessError(code, command)
-        print(f"{folder.name}: {100 * summary(folder)['eval/accuracy']:.2f} %", flush=True)
+        print(f"{folder.name}: {100 * read(folder).summary['eval/accuracy']:.2f} %", flush=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
         tasks = [pool.submit(run, arm, seed) for seed in given.seeds.split(",") for arm in chosen]
@@ -164,14 +164,11 @@ def slots_of(model: str, workers: int) -> int:
 
 
 def finished(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() and summary(folder)["kind"] == "summary"
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    """The last record of a run."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found: dict[str, Any] = json.loads(lines[-1]) if lines else {"kind": "none"}
-    return found
+    try:
+        read(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def report(place: Path) -> str:
@@ -179,7 +176,7 @@ def report(place: Path) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in sorted(path.parent for path in place.glob("*-seed*/metrics.jsonl")):
         if finished(folder):
-            groups.setdefault(folder.name.rpartition("-seed")[0], []).append(summary(folder))
+            groups.setdefault(folder.name.rpartition("-seed")[0], []).append(read(folder).summary)
     if not groups:
         raise ValueError(f"{place} holds no finished run")
     lines = [

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -17,6 +18,7 @@ from resist_ds.engine import autocast
 from resist_ds.local import local_steps
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, sample_partition
+from resist_ds.subnet import optimizer_of
 from resist_ds.sync import Synchroniser
 from resist_ds.trainer import Trainer
 from resist_ds.workers import Workers
@@ -79,7 +81,8 @@ def bare_loop(device: torch.device, config: Config, slots: int) -> Callable[[], 
     """A step as one would write it for a plain net with so many pool blocks, on images that are there."""
     net = plain_net(config.model, slots, device).to(getattr(torch, config.dtype))
     net = net.to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
-    optimizer = plain_optimizer(net, config)
+    # A small rate: the numbers must stay finite, and cost the same.
+    optimizer = optimizer_of(replace(config, lr=1e-4), list(net.parameters()))
     forward = torch.compile(net) if config.compile else net
     x, y = images(config, device)
 
@@ -103,15 +106,6 @@ def plain_net(model: str, slots: int, device: torch.device) -> nn.Module:
             else:
                 tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)
     return net
-
-
-def plain_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
-    rate, decay = 1e-4, config.weight_decay  # small: the numbers must stay finite, and cost the same
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), rate, weight_decay=decay, fused=True)
-    return torch.optim.SGD(
-        net.parameters(), rate, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay
-    )
 
 
 def images(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
