@@ -221,13 +221,13 @@ class Config:
     output_dir: str = _option(
         "runs/latest", "Folder for metrics.jsonl and all else that the run writes.", free=True
     )
-    log_with: Literal["wandb", "tensorboard", "none"] = _option(
+    log_with: Literal["wandb", "tensorboard", "trackio", "none"] = _option(
         "wandb",
-        "Tracker; wandb is offline unless WANDB_API_KEY, a login or wandb_project asks for more.",
+        "Tracker; wandb is offline unless a key, a login or wandb_project asks for more.",
         free=True,
     )
     wandb_project: str | None = _option(
-        None, "Project at Weights & Biases; also turns the online mode on.", free=True
+        None, "Project in the tracker, resist_ds by default; wandb is then asked to be online.", free=True
     )
     run_name: str | None = _option(None, "Name of the run in the tracker.", free=True)
     progress: bool = _option(True, "Progress bar.", free=True)

@@ -1,14 +1,19 @@
 """The words of a run: its first lines, which say what will happen, and the table at its end."""
 
+import os
+import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from resist_ds import __version__
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data
@@ -32,11 +37,15 @@ class Job:
     rounds: int
 
     def settings(self) -> dict[str, Any]:
-        """Every option and what was derived from them, for the tracker and the summary."""
+        """Every option, what was derived from them, versions and commit, for the tracker and the summary.
+
+        A folder of this machine is named without the way there, which may name its owner.
+        """
         pool = self.blueprint.pool
-        versions = {name: version(name) for name in ("torch", "timm", "accelerate", "deepspeed")}
+        packages = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "numpy")
+        versions = {"resist_ds": __version__, "python": platform.python_version()}
         return {
-            **self.config.to_dict(),
+            **{name: _shareable(value) for name, value in self.config.to_dict().items()},
             "W": self.layout.workers,
             "R": self.layout.ranks,
             "K": slots_for(self.layout.workers, pool, self.config.least_blocks(pool)),
@@ -44,7 +53,8 @@ class Job:
             "total_rounds": self.rounds,
             "device": self.comm.device.type,
             "backend": self.comm.backend,
-            "versions": versions,
+            "versions": versions | {name: version(name) for name in packages},
+            "git_commit": _commit() if self.comm.rank == 0 else None,  # rank 0 alone tells it
         }
 
 
@@ -151,6 +161,30 @@ def closing(
         lines.append(f"dropped for NaN or Inf: {_count(totals.skipped, 'round')} of a worker")
     lines.append(f"checkpoint: {checkpoint} (tools/export.py makes a plain timm model of it)")
     return "\n".join(lines)
+
+
+def _shareable(value: Any) -> Any:
+    """An option as others may see it."""
+    path = isinstance(value, str) and (os.path.isabs(value) or value.startswith("~"))
+    return f"…/{Path(value).name}" if path else value
+
+
+@cache
+def _commit() -> str | None:
+    """Commit of the checkout that this code is run from, "+" where it was changed; None without one."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> list[str]:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+
+    try:
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD")
+        if Path(top) != root:  # of a project that has us in its environment
+            return None
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, trackers through accelerate (wandb first), a progress bar. Rank 0 writes.
+"""What a run tells: metrics.jsonl, a tracker (wandb first), a progress bar. Rank 0 writes.
 
 The keys are the same everywhere. A round's figures come from all ranks: seconds are those of the slowest
 rank, bytes are summed, peaks are per rank and of the largest.
@@ -7,7 +7,6 @@ rank, bytes are summed, peaks are per rank and of the largest.
 import importlib.util
 import json
 import math
-import netrc
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from resist_ds import tracker
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.errors import UserError
@@ -137,6 +137,7 @@ class Totals:
         peak: per phase and rank, bytes.
         bytes_round, bytes_total: bytes of synchronisation alone, and of everything.
         skipped: rounds of workers that were dropped (`--on_nan skip`).
+        wall: seconds that the run has lasted.
         accuracy: of every evaluation, in order; of a resumed run, the best and the last one before.
     """
 
@@ -147,12 +148,14 @@ class Totals:
     bytes_total: int = 0
     rounds: int = 0
     skipped: int = 0
+    wall: float = 0.0
     accuracy: list[float] = field(default_factory=list)
 
     def to_keep(self) -> dict[str, Any]:
         """What a checkpoint takes along: the totals of the run, not of this process."""
         accuracy = [max(self.accuracy), self.accuracy[-1]] if self.accuracy else []
-        return {"bytes_total": self.bytes_total, "skipped": self.skipped, "accuracy": accuracy}
+        kept = {"bytes_total": self.bytes_total, "skipped": self.skipped, "wall": self.wall}
+        return {**kept, "accuracy": accuracy}
 
     def add(self, ranks: Sequence[Figures]) -> None:
         for rank, figures in enumerate(ranks):
@@ -179,13 +182,14 @@ class Telemetry:
         self._path = path
         self._start = start
         self._file: TextIO | None = None
-        self._accelerator: Accelerator | None = None
+        self._tracker: tracker.Tracker | None = None
         self._bar: tqdm[Any] | None = None
         self._rounds = rounds
         self._comm = comm
         self._last: dict[str, Any] = {}
         self._shown: dict[str, str] = {}
         self.totals = Totals(**start.state.totals) if start.state else Totals()
+        self._begun = time.monotonic() - self.totals.wall
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Open the run's files and its tracker, on every rank; no communication.
@@ -194,7 +198,7 @@ class Telemetry:
             settings: what the tracker shows as the run's configuration.
         """
         config = self._config
-        _check_tracker(config)
+        tracker.check(config)
         # Every rank makes one, as accelerate expects; its process group is the one that comm has made.
         accelerator = Accelerator(
             cpu=self._comm.device.type == "cpu",
@@ -216,30 +220,9 @@ class Telemetry:
                 self._bar = tqdm(
                     total=self._rounds, initial=done, unit="round", dynamic_ncols=True, disable=None
                 )
-        if config.log_with != "none":
-            self._start_tracker(accelerator, settings)
-
-    def _start_tracker(self, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
-        config = self._config
-        options: dict[str, Any] = {}
-        if config.log_with == "wandb":
-            online = _wants_wandb_online(config)
-            options["wandb"] = {"name": config.run_name, "dir": str(self._path.parent), "save_code": False}
-            if not online and "WANDB_MODE" not in os.environ:
-                options["wandb"] |= {"mode": "offline"}
-            if not online:
-                os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            accelerator.init_trackers(
-                config.wandb_project or "resist_ds", dict(settings), init_kwargs=options
-            )
-            if self._main and config.log_with == "wandb":
-                run = accelerator.get_tracker("wandb", unwrap=True)
-                run.define_metric("*", step_metric="global_step")
-        except Exception as error:  # a tracker that is down must not stop a run; metrics.jsonl has it all
-            self.warn(f"{config.log_with} could not be started, going on without it: {error}")
-            return
-        self._accelerator = accelerator
+            if config.log_with != "none":
+                facts = (settings, self._path.parent, self._start)
+                self._tracker = tracker.Tracker(accelerator, config, *facts, self.say, self.warn)
 
     def round(self, position: Mapping[str, Any], ranks: Sequence[Figures], skipped: int = 0) -> None:
         """A round is done; that of `skipped` workers was dropped."""
@@ -249,7 +232,7 @@ class Telemetry:
         metrics = round_metrics(ranks)
         if self._config.on_nan == "skip":
             metrics["train/skipped"] = skipped
-        self._record("round", {**position, **metrics, "comm/bytes_total": self.totals.bytes_total})
+        self._record("round", {**position, **metrics})
         if self._bar is not None:
             self._shown |= {
                 "loss": f"{metrics['train/loss']:.3f}",
@@ -268,9 +251,9 @@ class Telemetry:
             **position,
             "eval/loss": loss,
             "eval/accuracy": accuracy,
+            "eval/best_accuracy": max(self.totals.accuracy),
             "perf/eval_s": _slowest(ranks, "eval"),
             "comm/bytes_eval": sum(f.sent["eval"] for f in ranks),
-            "comm/bytes_total": self.totals.bytes_total,
             **memory_metrics(ranks),
         }
         self._record("eval", metrics)
@@ -289,31 +272,23 @@ class Telemetry:
                 os.fsync(self._file.fileno())
 
     def summary(self, settings: Mapping[str, Any]) -> None:
-        """The run is done: the last values once more, and the best accuracy."""
+        """The run is done: the last values once more."""
         self._close_bar()  # what is said from here on stands below it
-        best = {"eval/best_accuracy": max(self.totals.accuracy)} if self.totals.accuracy else {}
-        self._record("summary", {**self._last, **best, "settings": dict(settings)})
-        if self._main and self._accelerator is not None and self._file is not None:
-            self._log_pictures()
+        self._record("summary", {**self._last, "settings": dict(settings)})
+        if self._tracker is not None and importlib.util.find_spec("matplotlib") is not None:
+            self._tracker.pictures(self._pictures)
 
-    def _log_pictures(self) -> None:
-        """The pictures of `tools/plot.py` in the tracker too, where matplotlib is installed."""
-        if importlib.util.find_spec("matplotlib") is None:
-            return
+    def _pictures(self) -> dict[str, Any]:
+        """The pictures of `tools/plot.py`."""
         from resist_ds.figures import pictures, pixels, read
 
-        assert self._accelerator is not None
-        try:
-            drawn = pictures([read(self._path.parent)])
-            images = {f"plots/{name}": pixels(figure)[None] for name, figure in drawn.items()}
-            for tracker in self._accelerator.trackers:
-                kind = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(images, **kind)
-        except Exception as error:
-            self.warn(f"{self._config.log_with} has no pictures: {error}")
+        drawn = pictures([read(self._path.parent)])
+        return {f"plots/{name}": pixels(figure) for name, figure in drawn.items()}
 
     def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the tracker."""
+        self.totals.wall = time.monotonic() - self._begun
+        metrics = {**metrics, "wall_s": self.totals.wall, "comm/bytes_total": self.totals.bytes_total}
         peaks = {key: max(v, self._last.get(key, v)) for key, v in metrics.items() if "_gib" in key}
         self._last |= {**metrics, **peaks}  # the summary's peaks are those of the whole run
         if not self._main:
@@ -330,12 +305,8 @@ class Telemetry:
                 with suppress(OSError):
                     self._file.close()
                 self._file = None
-        if self._accelerator is not None and kind != "summary":
-            try:
-                self._accelerator.log(dict(metrics))
-            except Exception as error:
-                self.warn(f"{self._config.log_with} failed, going on without it: {error}")
-                self._accelerator = None
+        if self._tracker is not None and kind != "summary":
+            self._tracker.log(metrics)
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -364,29 +335,5 @@ class Telemetry:
         if self._file is not None:
             with suppress(OSError):  # of a full disk; the write before has said so
                 self._file.close()
-        if self._accelerator is not None:  # not its end_training, which would also end the process group
-            try:
-                for tracker in self._accelerator.trackers:
-                    if error and self._main and tracker.name == "wandb":  # it shows as failed there
-                        tracker.tracker.finish(exit_code=getattr(error, "exit_code", 1))
-                    else:
-                        tracker.finish()
-            except Exception as failure:
-                self.warn(f"{self._config.log_with} could not be closed: {failure}")
-
-
-def _check_tracker(config: Config) -> None:
-    if config.log_with != "none" and importlib.util.find_spec(config.log_with) is None:
-        raise UserError(
-            f"--log_with {config.log_with}: type pip install {config.log_with}, or --log_with none"
-        )
-
-
-def _wants_wandb_online(config: Config) -> bool:
-    """Whether the user asked for more than files: a key, a login or a project."""
-    if config.wandb_project or os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        if self._tracker is not None:
+            self._tracker.close(getattr(error, "exit_code", 1) if error else 0)

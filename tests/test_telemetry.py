@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import socket
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import pytest
 import timm
 import torch
 
-from resist_ds import report, telemetry
+from resist_ds import report
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.local import Tally
@@ -47,11 +46,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 # What the documentation promises, by the kind of line.
-POSITION = {"kind", "round", "global_step", "samples_seen", "lr", "mem/params_held", "mem/params_full"}
+POSITION = {
+    *("kind", "round", "global_step", "samples_seen", "wall_s", "comm/bytes_total"),
+    *("lr", "mem/params_held", "mem/params_full"),
+}
 MEMORY = {"mem/peak_gib", "mem/peak_gib/rank0", "mem/peak_gib/rank1"}
 TRAIN = {"train/loss", "train/accuracy", "perf/samples_per_s", "perf/local_s", "perf/sync_s"}
-EVAL = {"eval/loss", "eval/accuracy", "perf/eval_s", "comm/bytes_eval", "comm/bytes_total"}
-BYTES = {"comm/bytes_round", "comm/bytes_total"}
+EVAL = {"eval/loss", "eval/accuracy", "eval/best_accuracy", "perf/eval_s", "comm/bytes_eval"}
+BYTES = {"comm/bytes_round"}
 # What comes on top: the peak of each phase, what torch has reserved on a GPU, and the summary's own.
 EXTRA_ROUND = {"mem/local_gib", "mem/sync_gib", "mem/reserved_gib"}
 SAVE = {"perf/save_s", "save/bytes", "mem/save_gib"}
@@ -61,7 +63,7 @@ KEYS = {
     "eval": POSITION | MEMORY | EVAL | EXTRA_EVAL,
 }
 KEYS["checkpoint"] = POSITION | MEMORY | SAVE | {"mem/reserved_gib"}
-KEYS["summary"] = KEYS["round"] | KEYS["eval"] | SAVE | {"eval/best_accuracy", "settings"}
+KEYS["summary"] = KEYS["round"] | KEYS["eval"] | SAVE | {"settings"}
 
 
 def train(comm: Comm, options: dict[str, Any]) -> str:
@@ -195,12 +197,13 @@ def test_the_summary_has_the_peaks_of_the_whole_run(ranks: Ranks, tmp_path: Path
 
 def test_the_summary_repeats_the_end_and_says_how_it_came_about(run: Run) -> None:
     last = {**run.rounds[-1], **run.evals[-1]}
+    assert run.summary["wall_s"] >= last["wall_s"] > sum(r["perf/local_s"] for r in run.rounds)
     for name, value in last.items():
-        if name != "kind" and "_gib" not in name:
+        if name not in ("kind", "wall_s") and "_gib" not in name:
             assert run.summary[name] == value
     assert run.summary["eval/best_accuracy"] == max(r["eval/accuracy"] for r in run.evals)
     settings = run.summary["settings"]
-    options = Config(**OPTIONS, output_dir=str(run.folder)).to_dict()
+    options = Config(**OPTIONS, output_dir=f"…/{run.folder.name}").to_dict()  # no path of this machine
     assert {name: settings[name] for name in options} == options
     assert {name: settings[name] for name in "WRKP"} == {"W": W, "R": R, "K": K, "P": P}
     assert (settings["total_rounds"], settings["device"]) == (
@@ -309,97 +312,6 @@ def test_a_pool_too_small_to_partition_is_announced(ranks: Ranks, tmp_path: Path
 def test_without_a_tracker_there_is_only_the_file(run: Run) -> None:
     left = sorted(path.name for path in run.folder.iterdir())
     assert left == ["checkpoints", "metrics.jsonl", "run.json", "run.lock"]  # nobody has released it here
-
-
-def train_with_wandb(comm: Comm, options: dict[str, Any], place: Path, port: int) -> str:
-    """With no login, no key and no terminal; and whoever calls home is heard at `port`."""
-    for name in [n for n in os.environ if n.startswith("WANDB_") or n.lower() in ("netrc", "no_proxy")]:
-        del os.environ[name]
-    os.environ |= {"HOME": str(place / "home"), "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
-    os.environ |= {name: f"http://127.0.0.1:{port}" for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
-    os.chdir(place / "cwd")
-    return train(comm, options)
-
-
-def test_wandb_is_one_offline_run_of_rank_0(ranks: Ranks, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    (tmp_path / "home").mkdir()
-    (tmp_path / "cwd").mkdir()
-    options = OPTIONS | {"log_with": "wandb", "run_name": "tiny", "output_dir": str(folder)}
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        printed = ranks(train_with_wandb, R, options, tmp_path, server.getsockname()[1])
-        server.settimeout(0)
-        with pytest.raises(BlockingIOError):  # nobody has called
-            server.accept()
-    assert "warning" not in printed[0]
-    (offline,) = (folder / "wandb").glob("*run-*")
-    assert offline.name.startswith("offline-run-")
-    assert not [*(tmp_path / "cwd").iterdir()]
-    assert {path.name for path in (tmp_path / "home").iterdir()} <= {".cache", ".config"}  # wandb's own logs
-
-    (file,) = offline.glob("*.wandb")
-    raw = file.read_bytes()
-    block = 1 << 15  # of its log format; a value that runs over the end of one goes on after 7 bytes
-    content = b"".join(raw[i + 7 * (i > 0) : i + block] for i in range(0, len(raw), block))
-    written = records(folder)
-    for record in written[:-1]:  # the same names and values as in metrics.jsonl
-        for name in set(record) - {"kind"}:
-            assert name.encode() in content
-        if record["kind"] == "checkpoint":
-            continue
-        loss = record["train/loss" if record["kind"] == "round" else "eval/loss"]
-        assert repr(loss).encode() in content
-    assert b"tiny" in content and b"optimizer_state" in content  # the run's name and its options
-    drawn = {path.name.split("_")[0] for path in (offline / "files" / "media").rglob("*.png")}
-    assert drawn == {"accuracy", "memory", "blocks"}  # the pictures of tools/plot.py
-
-
-class _Tracker:
-    """A tracker that fails at one of its calls."""
-
-    name = "wandb"
-
-    def __init__(self, fails_at: str):
-        self.fails_at = fails_at
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        self._call("log")
-
-    def log_images(self, *args: Any, **kwargs: Any) -> None:
-        self._call("log_images")
-
-    def finish(self) -> None:
-        self._call("finish")
-
-    def _call(self, what: str) -> None:
-        if what == self.fails_at:
-            raise ConnectionError("the line is dead")
-
-
-def train_with_failing_tracker(comm: Comm, options: dict[str, Any], fails_at: str) -> str:
-    """On rank 0, where trackers live, one fails."""
-
-    def init_trackers(self: Any, *args: Any, **kwargs: Any) -> None:
-        if comm.rank == 0:
-            if fails_at == "init":
-                raise ConnectionError("the line is dead")
-            self.trackers = [_Tracker(fails_at)]
-
-    telemetry.Accelerator.init_trackers = init_trackers
-    telemetry.Accelerator.get_tracker = lambda *a, **k: SimpleNamespace(define_metric=lambda *a, **k: None)
-    with contextlib.redirect_stderr(io.StringIO()) as warned:
-        return train(comm, options) + warned.getvalue()
-
-
-@pytest.mark.parametrize("fails_at", ["init", "log", "log_images", "finish"])
-def test_a_tracker_that_fails_does_not_stop_the_run(fails_at: str, ranks: Ranks, tmp_path: Path) -> None:
-    options = OPTIONS | {"log_with": "wandb", "output_dir": str(tmp_path)}
-    printed = ranks(train_with_failing_tracker, R, options, fails_at)
-    assert printed[0].count("warning: wandb ") == 1
-    assert "the line is dead" in printed[0]
-    assert "global model: " in printed[0]
-    kinds = ["round", "round", "eval", "round", "eval", "checkpoint", "summary"]
-    assert [r["kind"] for r in records(tmp_path)] == kinds
 
 
 def threads_beside_accelerate(comm: Comm, options: dict[str, Any]) -> int:

@@ -3,7 +3,9 @@
 import importlib
 
 import sklearn.datasets  # noqa: F401
+import wandb  # noqa: F401
 
+import resist_ds.figures
 import resist_ds.trainer  # noqa: F401
 from resist_ds import comm
 
