@@ -18,7 +18,7 @@ from resist_ds import strategy as ways
 from resist_ds.config import Config
 from resist_ds.deepspeed_config import PRESETS, read
 from resist_ds.errors import UserError
-from resist_ds.footprint import Device, Footprints, Usage
+from resist_ds.footprint import Device, Footprints, Usage, count_once
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, elements_sent, sample_partition, slots_for
 from resist_ds.subnet import StateLayout
@@ -143,8 +143,14 @@ class Advice:
 # Bytes
 
 
-def sent_per_round(blueprint: Blueprint, config: Config, workers: int, min_blocks: int) -> float:
-    """Bytes of a synchronisation, by all ranks with one worker each: the mean over the run's first rounds."""
+def sent_per_round(
+    blueprint: Blueprint, config: Config, workers: int, min_blocks: int, where: Layout | None = None
+) -> float:
+    """Bytes of a synchronisation, by all ranks: the mean over the run's first rounds.
+
+    Args:
+        where: the workers are played; default: each on a rank of its own.
+    """
     layout = StateLayout.of(blueprint, config, slots=1)
     travel = config.optimizer_state == "travel"
     deals = [
@@ -152,9 +158,9 @@ def sent_per_round(blueprint: Blueprint, config: Config, workers: int, min_block
         for r in range(DEALS)
     ]
     block, shared = layout.block.exchanged(travel), layout.shared.exchanged(travel)
-    alone = Layout(workers, workers)
+    where = where or Layout(workers, workers)
     return _itemsize(config) * fmean(
-        elements_sent(now, then, alone, block=block, shared=shared) for now, then in pairwise(deals)
+        elements_sent(now, then, where, block=block, shared=shared) for now, then in pairwise(deals)
     )
 
 
@@ -248,20 +254,13 @@ class Plan:
         usage = self._footprints[activation_checkpointing].usage(slots, batch)
         full = self._footprints[False].usage(blueprint.pool, batch)
 
-        layout, size = StateLayout.of(blueprint, config, slots), _itemsize(config)
-        weights = (layout.shared.parameters + slots * layout.block.parameters) * size
-        optimizer = layout.numel * size - weights
-        transit = sync = 0
+        memory = _memory(strategy, workers, slots, usage, blueprint, config)
         if strategy in ("resist", "local_sgd"):
-            travelling = layout.block.exchanged(config.optimizer_state == "travel")
-            transit = max(min(config.transit_mib << 20, weights), travelling * size)
-            sync = usage.state + transit + 8 * MEAN_CHUNK
             sent_round = sent_per_round(blueprint, config, workers, slots)
             sent_step = sent_round / config.local_steps
         else:
             sent_step = sent_per_step(strategy, blueprint, config, workers)
             sent_round = sent_step * config.local_steps
-        held = _held(strategy, workers, weights, usage.gradients, optimizer)
         seconds = None
         if question.speed:
             seconds = usage.multiply_adds * config.local_steps / question.speed
@@ -273,13 +272,7 @@ class Plan:
             parameters=ways.STRATEGIES[strategy].parameters_held(
                 blueprint.parameters, blueprint.parameters_held(slots), workers
             ),
-            weights=held[0],
-            gradients=held[1],
-            optimizer=held[2],
-            activations=usage.activations,
-            step=self._peak(strategy, workers, usage, sum(held)),
-            transit=transit,
-            sync=sync,
+            **memory,
             multiply_adds=usage.multiply_adds,
             share=usage.multiply_adds / full.multiply_adds,
             sent_step=sent_step,
@@ -287,19 +280,6 @@ class Plan:
             communication=sent_round / workers / question.bandwidth,
             computation=seconds,
         )
-
-    def _peak(self, strategy: str, ranks: int, usage: Usage, held: int) -> int:
-        """Bytes at the peak of a step, of which `held` are training state."""
-        if strategy in ("resist", "local_sgd") or (strategy == "ddp" and ranks == 1):
-            return usage.peak
-        if strategy == "ddp":
-            return usage.peak_with_kept_gradients
-        gathered = 0
-        if strategy in ("fsdp", "zero3") and ranks > 1:
-            # whole: the root's weights and gradients, those of one block, and of the next that is fetched
-            root, *blocks = _units(self.question.blueprint, ranks)
-            gathered = (2 * root + 4 * max(blocks)) * _itemsize(self.question.config)
-        return held + usage.passes + gathered + _bucket(strategy)
 
     # --------------------------------------------------------------------------------------------------------
     # Advice
@@ -385,6 +365,64 @@ class Plan:
                 f"{each / 1e3:,.1f} kB each (with --flops: by time)"
             )
         return max(1, steps), why
+
+
+def expected(
+    blueprint: Blueprint,
+    config: Config,
+    slots: int,
+    layout: Layout,
+    img_size: int,
+    device: Device,
+) -> tuple[int, float]:
+    """What a run's rank takes at its peak, and what all send in a round, in bytes.
+
+    Args:
+        config: of a strategy that is predicted: without `--deepspeed_config`, not stochastic_depth.
+    """
+    usage = count_once(blueprint, config, slots, img_size, device)
+    memory = _memory(config.strategy, layout.ranks, slots, usage, blueprint, config)
+    if config.way.lockstep:
+        sent: float = config.local_steps * sent_per_step(config.strategy, blueprint, config, layout.ranks)
+    else:
+        sent = sent_per_round(blueprint, config, layout.workers, slots, layout)
+    return max(memory["step"] + memory["transit"], memory["sync"]), sent
+
+
+def _memory(
+    strategy: str, ranks: int, slots: int, usage: Usage, blueprint: Blueprint, config: Config
+) -> dict[str, int]:
+    """The fields of a `Prediction` that are bytes of a rank."""
+    layout, size = StateLayout.of(blueprint, config, slots), _itemsize(config)
+    weights = (layout.shared.parameters + slots * layout.block.parameters) * size
+    optimizer = layout.numel * size - weights
+    transit = sync = 0
+    if strategy in ("resist", "local_sgd"):
+        travelling = layout.block.exchanged(config.optimizer_state == "travel")
+        transit = max(min(config.transit_mib << 20, weights), travelling * size)
+        sync = usage.state + transit + 8 * MEAN_CHUNK
+    held = _held(strategy, ranks, weights, usage.gradients, optimizer)
+    return {
+        **dict(zip(("weights", "gradients", "optimizer"), held, strict=True)),
+        "activations": usage.activations,
+        "step": _peak(strategy, ranks, usage, sum(held), blueprint, config),
+        "transit": transit,
+        "sync": sync,
+    }
+
+
+def _peak(strategy: str, ranks: int, usage: Usage, held: int, blueprint: Blueprint, config: Config) -> int:
+    """Bytes at the peak of a step, of which `held` are training state."""
+    if strategy in ("resist", "local_sgd") or (strategy == "ddp" and ranks == 1):
+        return usage.peak
+    if strategy == "ddp":
+        return usage.peak_with_kept_gradients
+    gathered = 0
+    if strategy in ("fsdp", "zero3") and ranks > 1:
+        # whole: the root's weights and gradients, those of one block, and of the next that is fetched
+        root, *blocks = _units(blueprint, ranks)
+        gathered = (2 * root + 4 * max(blocks)) * _itemsize(config)
+    return held + usage.passes + gathered + _bucket(strategy)
 
 
 def _held(strategy: str, ranks: int, weights: int, gradients: int, optimizer: int) -> tuple[int, int, int]:

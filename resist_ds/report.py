@@ -17,10 +17,11 @@ from resist_ds import __version__
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data
+from resist_ds.footprint import Device
 from resist_ds.memory import GIB
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, Partition, slots_for
-from resist_ds.plan import sent_per_round
+from resist_ds.plan import expected, sent_per_round
 from resist_ds.start import Start
 from resist_ds.telemetry import PHASES, Totals
 
@@ -81,6 +82,9 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{'exchange over ' + comm.backend if comm.size > 1 else 'nothing to send'}",
         f"{job.rounds} rounds of {config.local_steps} local steps × {config.batch_size} images per worker",
     ]
+    predicted = _predicted(job, slots)
+    if predicted:
+        lines.append(predicted)
     if start.folder:
         lines.append(f"goes on from {start.folder}: {start.position.round} rounds are done")
     if config.warmup_rounds > start.position.round:
@@ -100,6 +104,19 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
             f"accelerate launch --multi_gpu --num_processes {asked} train.py (without --cpu, also on a CPU)"
         )
     return "\n".join(lines)
+
+
+def _predicted(job: Job, slots: int) -> str | None:
+    """Memory and bytes, on rank 0, which alone speaks; counting takes it a second or two."""
+    config, comm = job.config, job.comm
+    if comm.rank or config.deepspeed_config is not None or config.strategy == "stochastic_depth":
+        return None
+    device: Device = "cuda" if comm.device.type == "cuda" else "cpu"
+    peak, sent = expected(job.blueprint, config, slots, job.layout, job.data.img_size, device)
+    return (
+        f"predicted: {peak / 2**20:,.0f} MiB at a rank's peak (beside the imports), "
+        f"{_megabytes(sent)} sent a round by all ranks"
+    )
 
 
 def closing(

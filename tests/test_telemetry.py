@@ -15,11 +15,12 @@ import pytest
 import timm
 import torch
 
-from resist_ds import report
+from resist_ds import plan, report
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.local import Tally
 from resist_ds.memory import GIB
+from resist_ds.models import Blueprint
 from resist_ds.order import Position
 from resist_ds.telemetry import Figures, Telemetry, round_metrics
 from resist_ds.trainer import Trainer
@@ -291,9 +292,24 @@ def test_optional_copies_and_dropped_rounds_are_reported(ranks: Ranks, tmp_path:
 
 
 def opening(comm: Comm, options: dict[str, Any]) -> str:
+    report.expected = plan.expected  # see tests/warm.py
     trainer = Trainer(comm, Config(**options))
     facts = (trainer.config, comm, trainer.layout, trainer.blueprint, trainer.data, trainer.rounds)
     return report.opening(report.Job(*facts), trainer.deal, trainer.start)
+
+
+@pytest.mark.parametrize("strategy", ["resist", "local_sgd", "ddp", "fsdp", "zero2"])
+def test_the_first_lines_predict_memory_and_bytes(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
+    """As tools/plan.py does, on whose figures tests/test_plan.py is strict."""
+    options = OPTIONS | {"output_dir": str(tmp_path), "workers": 2, "strategy": strategy}
+    (text, silent) = ranks(opening, 2, options)
+    assert "predicted" not in silent  # only rank 0 takes the time
+    peak, sent = re.search(r"^predicted: (\S+) MiB at .* (\S+) MB sent a round", text, re.M).groups()  # type: ignore[union-attr]
+    config = Config(**options)
+    question = plan.Question(Blueprint(config.model, 10), config, 8, (2,), 1e9, 1e9, device="cpu")
+    expected = plan.Plan(question).predict(strategy, 2)
+    assert float(peak) == pytest.approx(expected.peak / 2**20, abs=0.51)
+    assert float(sent) == pytest.approx(expected.sent_round / 1e6, abs=0.051)
 
 
 def test_a_pool_too_small_to_partition_is_announced(ranks: Ranks, tmp_path: Path) -> None:

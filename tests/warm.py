@@ -7,8 +7,11 @@ import wandb  # noqa: F401
 
 import resist_ds.figures
 import resist_ds.trainer  # noqa: F401
-from resist_ds import comm
+from resist_ds import comm, report
 
 comm.deepspeed_comm()
 for name in ("resist_ds.zero", "resist_ds.fsdp"):  # after DeepSpeed's environment is set
     importlib.import_module(name)
+
+# Most runs of the tests are shorter than their own prediction; tests of that put it back.
+report.expected = lambda *args: (0, 0.0)
