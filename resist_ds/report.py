@@ -112,7 +112,8 @@ def _predicted(job: Job, slots: int) -> str | None:
     if comm.rank or config.deepspeed_config is not None or config.strategy == "stochastic_depth":
         return None
     device: Device = "cuda" if comm.device.type == "cuda" else "cpu"
-    peak, sent = expected(job.blueprint, config, slots, job.layout, job.data.img_size, device)
+    trained = slots if config.way.partitions else job.blueprint.pool
+    peak, sent = expected(job.blueprint, config, trained, job.layout, job.data.img_size, device)
     return (
         f"predicted: {peak / 2**20:,.0f} MiB at a rank's peak (beside the imports), "
         f"{_megabytes(sent)} sent a round by all ranks"
