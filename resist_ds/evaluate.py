@@ -12,12 +12,12 @@ what the ranks found is added up exactly, or in the order of the groups.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,12 +27,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resist_ds.comm import Comm
 from resist_ds.config import Config
-from resist_ds.data import Data
 from resist_ds.models import Blueprint, Statistics
 from resist_ds.partition import Layout, Partition
 from resist_ds.subnet import Subnet, bind
 
 GROUP = 32  # calibration images that go through the net, and are summed for the statistics, together
+
+
+class Samples(Protocol):
+    """A training and a test set, as `data.Data` delivers them."""
+
+    @property
+    def train_size(self) -> int: ...
+
+    @property
+    def test_size(self) -> int: ...
+
+    def train_images(
+        self, indices: np.ndarray, device: torch.device, dtype: torch.dtype, channels_last: bool
+    ) -> Tensor: ...
+
+    def test_batches(
+        self, batches: Iterable[np.ndarray], device: torch.device, dtype: torch.dtype, channels_last: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+
 
 Named = tuple[str, nn.Module]  # a module and its timm name in the global model
 
@@ -49,7 +67,7 @@ class Result:
 class Evaluation:
     """Evaluates the global model from what the workers of all ranks hold."""
 
-    def __init__(self, comm: Comm, layout: Layout, blueprint: Blueprint, data: Data, config: Config):
+    def __init__(self, comm: Comm, layout: Layout, blueprint: Blueprint, data: Samples, config: Config):
         self.comm = comm
         self.layout = layout
         self.blueprint = blueprint

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,26 +15,24 @@ import torch
 from torch import Tensor
 
 from resist_ds import report
-from resist_ds.checkpoint import State, config_hash, config_to_keep, folder_name, versions
+from resist_ds.checkpoint import config_to_keep, folder_name
 from resist_ds.comm import Comm
 from resist_ds.config import Config
 from resist_ds.data import Data, download, load_data
 from resist_ds.deepspeed_config import resolved, scheduler_of
-from resist_ds.engine import autocast, is_finite
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
 from resist_ds.evaluate import Evaluation, Result
 from resist_ds.folder import RunFolder
+from resist_ds.global_model import GlobalModel
 from resist_ds.local import Tally, learning_rate, local_steps
 from resist_ds.memory import one_line_when_out
 from resist_ds.models import Blueprint
 from resist_ds.order import Order, Position
-from resist_ds.partition import Layout, Partition, sample_partition
-from resist_ds.saver import Saved, Saver
+from resist_ds.partition import Layout
+from resist_ds.saver import Saved
 from resist_ds.signals import Signals
-from resist_ds.spread import SpreadNet
 from resist_ds.start import Start
-from resist_ds.subnet import OptimizerState, Worker
-from resist_ds.sync import Synchroniser
+from resist_ds.subnet import Worker
 from resist_ds.telemetry import Meter, Telemetry
 from resist_ds.workers import Workers
 
@@ -98,49 +96,23 @@ class Trainer:
         os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)  # where it is unset, accelerate sets another
         torch.backends.cudnn.benchmark = True  # shapes never change
 
-        self.layout = Layout(start.workers(comm.size), comm.size)
+        layout = Layout(start.workers(comm.size), comm.size)
         self.data = self._load_data()
-        self.blueprint = comm.agree(lambda: Blueprint(config.model, self.data.num_classes))
-        if config.min_blocks > self.blueprint.pool:
-            raise UserError(
-                f"--min_blocks {config.min_blocks} is more than {config.model} has: "
-                f"type at most {self.blueprint.pool}, its pool blocks"
-            )
+        blueprint = comm.agree(lambda: Blueprint(config.model, self.data.num_classes))
         self._scheduler = comm.agree(lambda: scheduler_of(config))  # once: the file may change during the run
         comm.agree(lambda: start.check(self.options, self.data.train_size))
         self.order = Order(
-            config.seed, self.data.train_size, self.layout.workers, config.batch_size, start.position
+            config.seed, self.data.train_size, layout.workers, config.batch_size, start.position
         )
         self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
 
-        if config.deepspeed_config is not None and config.way.partitions:
-            comm.alone  # noqa: B018  # made by all ranks together, before each makes its engine
         self._scheduled = comm.agree(self._deepspeed_schedule)
-        self.deal = self.partition(start.position.round)
-        self.workers = comm.agree(self._place_workers)
-        with one_line_when_out(comm.device, comm.rank):
-            self.workers.connect()
-        dtype = getattr(torch, config.dtype)
-        self.statistics = comm.agree(lambda: start.statistics(self.blueprint, dtype))
-        self.statistics_round = start.state.statistics_round if start.state else None
-        start.close()
-        self.sync = Synchroniser(
-            comm,
-            self.layout,
-            self.workers.layout,
-            self.blueprint.pool,
-            budget=config.transit_mib << 20,
-            travel=config.optimizer_state == "travel",
-        )
-        self.evaluation = Evaluation(comm, self.layout, self.blueprint, self.data, config)
+        self.net = GlobalModel(comm, config, layout, blueprint, start)
+        self.workers = self.net.workers
+        self.evaluation = Evaluation(comm, layout, blueprint, self.data, config)
         on_gpu = comm.device.type == "cuda"
-        self.saver = Saver(
-            comm,
-            self.blueprint,
+        self.saver = self.net.saver(
             self.folder.checkpoints,
-            dtype=dtype,
-            optimizer=OptimizerState.carried(config),
-            keep=config.keep,
             background=on_gpu if config.checkpoint_async is None else config.checkpoint_async,
         )
         self._last_save = time.monotonic()
@@ -158,7 +130,8 @@ class Trainer:
             Stopped: a signal asked for it; a checkpoint was written.
             NotFiniteError: a worker met NaN or Inf under `--on_nan stop`.
         """
-        job = report.Job(self.config, self.comm, self.layout, self.blueprint, self.data, self.rounds)
+        net = self.net
+        job = report.Job(self.config, self.comm, net.layout, net.blueprint, self.data, self.rounds)
         if self.start.position.round >= self.rounds:
             if self.comm.rank == 0:
                 print(
@@ -169,31 +142,30 @@ class Trainer:
         telemetry = Telemetry(self.comm, self.config, self.rounds, self.folder.metrics, self.start)
         with telemetry:
             self.comm.agree(lambda: telemetry.open(job.settings()))
-            telemetry.say(report.opening(job, self.deal, self.start))
+            telemetry.say(report.opening(job, net.deal, self.start))
             for remark in self.start.remarks:
                 telemetry.warn(remark)
             batches = self._batches()
             if signals:
                 signals.defer()
             for round in range(self.start.position.round, self.rounds):
-                trained, self.deal = self.deal, self.partition(round + 1)
                 with self.meter.phase("local"):
                     reports = self._train(partial(self._local_steps, round, batches, signals))
                 dropped = self._dropped(round, reports, telemetry)
                 with self.meter.phase("sync"):
-                    self._synchronise(trained, self.deal, dropped)
-                axes = self._axes(round, trained)
+                    net.synchronise(round, dropped)
+                axes = self._axes(round)
                 telemetry.round(axes, self.comm.gather(self.meter.take()), len(dropped))
                 if self._evaluation_is_due(round):
                     with self.meter.phase("eval"):
-                        result = self._evaluate(round, trained)
+                        result = net.evaluate(self.evaluation, round, self.meter.free)
                     figures = self.comm.gather(self.meter.take())
                     telemetry.evaluation(axes, figures, result.loss, result.accuracy)
                 stop = next((r.signal for r in reports if r.signal is not None), None)
                 if self.saver.in_flight and all(r.written for r in reports):
                     self._settle(telemetry)
                 if stop is not None or self._checkpoint_is_due(round, reports[0].due):
-                    self._save(round, trained, telemetry, wait=stop is not None)
+                    self._save(round, telemetry, wait=stop is not None)
                 if stop is not None and round + 1 < self.rounds:
                     raise self._stopped(round, stop, signals)
             self._settle(telemetry)
@@ -202,17 +174,8 @@ class Trainer:
             telemetry.summary(job.settings())
             facts = (telemetry.totals, self.meter.baseline, self._copies())
             last = self.folder.checkpoints / folder_name(self.rounds)
-            telemetry.say(report.closing(job, self.deal, *facts, last))
+            telemetry.say(report.closing(job, net.deal, *facts, last))
         return result
-
-    def partition(self, round: int) -> Partition:
-        """Who holds what in a round. Warm-up rounds are local SGD: they deal the whole pool to everyone."""
-        config, pool = self.config, self.blueprint.pool
-        least = pool if round < config.warmup_rounds else config.least_blocks(pool)
-        return sample_partition(config.seed, round, workers=self.layout.workers, pool=pool, min_blocks=least)
-
-    def _test_scale(self, trained: Partition) -> float:
-        return self.config.test_scale(trained.slots, trained.pool)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -230,18 +193,6 @@ class Trainer:
 
         scheduler = resolved(self._scheduler, self.config, self._after(self.rounds - 1).step)
         return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)
-
-    def _place_workers(self) -> Workers | SpreadNet:
-        config, blueprint, state = self.config, self.blueprint, self.start.state
-        source = self.start.source(blueprint, self._test_scale(self.deal))
-        with one_line_when_out(self.comm.device, self.comm.rank):
-            place = (self.comm, self.layout, blueprint, config, self.deal, source)
-            if config.way.spread:
-                return SpreadNet(*place)
-            workers = Workers(*place, self.start.position.step)
-        if state and state.loss_scales:
-            workers.set_loss_scales(state.loss_scales)
-        return workers
 
     def _tidy_folder(self) -> None:
         """On rank 0: records that will be written again are cut, an earlier run's files are set aside."""
@@ -282,7 +233,7 @@ class Trainer:
             steps = self.config.local_steps
             for round in range(self.start.position.round, self.rounds):
                 first = self.order.after(round - self.start.position.round, steps).step
-                for worker in self.layout.workers_of(self.comm.rank):
+                for worker in self.net.layout.workers_of(self.comm.rank):
                     for step in range(first, first + steps):
                         yield self.order.batch(step, worker)
 
@@ -362,35 +313,9 @@ class Trainer:
             telemetry.warn(f"{line}: its round is dropped")
         return frozenset(spoilt)
 
-    def _synchronise(self, trained: Partition, deal: Partition, dropped: frozenset[int]) -> None:
-        """Average every piece and bring it to its next holders. Collective: all ranks."""
-        if self.config.way.lockstep:  # all hold the same at any time
-            return
-        assert isinstance(self.workers, Workers)
-        self.sync.aggregate(self.workers.vectors, trained, dropped)
-        self.sync.hand_off(self.workers.vectors, trained, deal)
-        if deal.slots != trained.slots:  # warm-up is over
-            self.workers.resize(deal.slots)
-
     def _evaluation_is_due(self, round: int) -> bool:
         every = self.config.eval_every
         return round + 1 == self.rounds or (every > 0 and (round + 1) % every == 0)
-
-    def _evaluate(self, round: int, trained: Partition) -> Result:
-        """Test the global model with the test scale of the round just trained. Collective: all ranks."""
-        subnet, vectors = self.workers.for_evaluation(self.deal)
-        result = self.evaluation.run(
-            subnet,
-            vectors,
-            self.deal,
-            self._test_scale(trained),
-            autocast(self.config, self.comm.device),
-            self.meter.free,
-        )
-        dtype = getattr(torch, self.config.dtype)  # as they are saved: float64's may be too large for it
-        if all(is_finite(values.to(dtype)) for pair in result.statistics.values() for values in pair):
-            self.statistics, self.statistics_round = result.statistics, round + 1
-        return result
 
     def _checkpoint_is_due(self, round: int, by_clock: bool) -> bool:
         every = self.config.checkpoint_every
@@ -401,35 +326,21 @@ class Trainer:
         passes = [self._after(r).samples // self.data.train_size for r in (round - 1, round)]
         return self.config.checkpoint_minutes is None and passes[0] < passes[1]
 
-    def _save(self, round: int, trained: Partition, telemetry: Telemetry, *, wait: bool) -> None:
+    def _save(self, round: int, telemetry: Telemetry, *, wait: bool) -> None:
         """Write the state at the start of the next round. Collective: all ranks."""
         self._settle(telemetry)
         telemetry.sync()
-        scales = {w: s for rank in self.comm.gather(self.workers.loss_scales) for w, s in rank.items()}
-        state = State(
-            **asdict(self._after(round)),
-            train_size=self.data.train_size,
-            model=self.blueprint.name,
-            num_classes=self.blueprint.num_classes,
-            workers=self.layout.workers,
-            slots=self.deal.slots,
-            pool=self.deal.pool,
-            test_scale=self._test_scale(trained),
-            statistics_round=self.statistics_round,
-            dtype=self.config.dtype,
-            optimizer=asdict(self.saver.optimizer),
-            loss_scales=[scales[w] for w in range(self.layout.workers)] if scales else None,
-            totals=telemetry.totals.to_keep(),
-            cpu_threads=self.config.cpu_threads,
-            config=self.options,
-            config_hash=config_hash(self.options),
-            versions=versions(),
-        )
         self._last_save = time.monotonic()
         with self.meter.phase("save"):
-            self.saver.start(state, self.workers.owned(self.deal), self.statistics)
+            self.net.save(
+                self.saver,
+                self._after(round),
+                self.options,
+                train_size=self.data.train_size,
+                totals=telemetry.totals.to_keep(),
+            )
             saved = self.saver.settle() if wait or not self.saver.background else None
-        self._saving = self._axes(round, trained), self.comm.gather(self.meter.take())
+        self._saving = self._axes(round), self.comm.gather(self.meter.take())
         if saved is not None:
             self._tell(saved, telemetry)
 
@@ -481,7 +392,7 @@ class Trainer:
         first, last = self._after(round - 1), self._after(self.rounds - 1)
         if self._scheduled is not None:
             return [self._scheduled(first.step + i) for i in range(self.config.local_steps)]
-        each = self.layout.workers * self.config.batch_size
+        each = self.net.layout.workers * self.config.batch_size
         rates = []
         for i in range(self.config.local_steps):
             step, samples = first.step + i, first.samples + i * each
@@ -489,7 +400,7 @@ class Trainer:
             rates.append(learning_rate(self.config, step, done))
         return rates
 
-    def _axes(self, round: int, trained: Partition) -> dict[str, float]:
+    def _axes(self, round: int) -> dict[str, float]:
         """Where in the run the end of a round is, and what a worker held in it."""
         position = self._after(round)
         return {
@@ -497,8 +408,6 @@ class Trainer:
             "global_step": position.step,
             "samples_seen": position.samples,
             "lr": self._learning_rates(round)[-1],
-            "mem/params_held": self.config.way.parameters_held(
-                self.blueprint.parameters, self.blueprint.parameters_held(trained.slots), self.comm.size
-            ),
-            "mem/params_full": self.blueprint.parameters,
+            "mem/params_held": self.net.parameters_held,
+            "mem/params_full": self.net.blueprint.parameters,
         }

@@ -319,9 +319,9 @@ def held(trainer: Trainer) -> dict[int, dict[str, dict[str, np.ndarray]]]:
     layout, everything = trainer.workers.layout, {}
     for worker, vector in trainer.workers.vectors.items():
         parts = [("", layout.shared, layout.shared_part(vector))]
-        for slot, block in enumerate(trainer.deal.blocks[worker]):
+        for slot, block in enumerate(trainer.net.deal.blocks[worker]):
             part = layout.slot_part(vector, slot)
-            parts.append((trainer.blueprint.block_prefix(block), layout.block, part))
+            parts.append((trainer.net.blueprint.block_prefix(block), layout.block, part))
         state: StateDict = {}
         for prefix, layout_of_part, part in parts:
             kept = layout_of_part.optimizer_views(part)

@@ -177,7 +177,7 @@ def test_any_chain_of_workers_and_ranks(
 def held(comm: Comm, options: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """What this rank's workers own after a resume and before a step."""
     trainer = Trainer(comm, Config(**(OPTIONS | options)))
-    owned = trainer.workers.owned(trainer.deal)
+    owned = trainer.workers.owned(trainer.net.deal)
     trainer.folder.release()
     return oracle.arrays(owned)
 

@@ -457,8 +457,8 @@ def test_evaluating_changes_no_trained_bit(alone, tmp_path, given):
     for every in (0, 1):
         trainer = Trainer(alone, options(eval_every=every, output_dir=str(tmp_path / str(every)), **given))
         results = []
-        inner = trainer._evaluate
-        trainer._evaluate = lambda *where, inner=inner, results=results: (
+        inner = trainer.net.evaluate
+        trainer.net.evaluate = lambda *where, inner=inner, results=results: (
             results.append(inner(*where)) or results[-1]
         )
         trainer.run()

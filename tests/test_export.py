@@ -145,7 +145,7 @@ def test_folding_changes_the_ends_of_the_branches_alone(trained: Any, tmp_path: 
 def start(comm: Comm, options: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """What the workers own before the first step."""
     trainer = Trainer(comm, Config(**(OPTIONS | options)))
-    owned = trainer.workers.owned(trainer.deal)
+    owned = trainer.workers.owned(trainer.net.deal)
     trainer.folder.release()
     return oracle.arrays(owned)
 

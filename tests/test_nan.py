@@ -121,14 +121,15 @@ class Watched(Trainer):
         super().__init__(comm, config)
         Watched.latest = self
         self.rounds_seen: list[Seen] = []
+        self.net.synchronise, self._inner = self._synchronise, self.net.synchronise  # type: ignore[method-assign]
 
     def _local_steps(self, round: int, *rest: Any) -> Any:
         self.rounds_seen.append(Seen(copies(self.workers.vectors), files=hashes(self.folder.checkpoints)))
         self.round = round
         return super()._local_steps(round, *rest)
 
-    def _synchronise(self, trained: Partition, deal: Partition, dropped: frozenset[int]) -> None:
-        super()._synchronise(trained, deal, dropped)
+    def _synchronise(self, round: int, dropped: frozenset[int] = frozenset()) -> None:
+        self._inner(round, dropped)
         self.rounds_seen[-1].dropped = dropped
         self.rounds_seen[-1].after = copies(self.workers.vectors)
 
@@ -149,7 +150,7 @@ def local_steps(own: TorchEngine, batches: Iterator[tuple[Tensor, Tensor]], **op
     """The real ones, with the accident that is meant for this worker and round."""
     watched = Watched.latest
     seen = watched.rounds_seen[-1]
-    worker = watched.layout.workers_of(watched.comm.rank)[len(seen.losses)]
+    worker = watched.net.layout.workers_of(watched.comm.rank)[len(seen.losses)]
     subnet = own.subnet
     accident = watched.accidents.get((watched.round, worker), Accident("nothing", -1, 0.0))
     convolutions = [p for p in subnet.module.parameters() if p.ndim == 4]
@@ -337,8 +338,8 @@ def means(book: Book, seen: Seen, deal: Partition, bad: set[int]) -> dict[object
 
 def check_rounds(watched: Watched, accidents: Accidents) -> None:
     """Every round of a run whose workers are all here, against a plain computation."""
-    config, workers = watched.config, watched.layout.workers
-    plan = watched.blueprint
+    config, workers = watched.config, watched.net.layout.workers
+    plan = watched.net.blueprint
     untouched = 0
     for round, seen in enumerate(watched.rounds_seen):
         deals = []

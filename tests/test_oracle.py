@@ -38,21 +38,21 @@ BASE: dict[str, Any] = {
 def train(comm: Comm, config: Config) -> dict[str, Any]:
     """A rank's life: the deals that it really went through, and every tensor that its workers end up with."""
     trainer = Trainer(comm, config)
-    deals = [trainer.deal]
-    hand_off = trainer.sync.hand_off
+    deals = [trainer.net.deal]
+    hand_off = trainer.net.sync.hand_off
 
     def spied(vectors: Any, now: Partition, then: Partition) -> None:
         assert now == deals[-1]
         deals.append(then)
         hand_off(vectors, now, then)
 
-    trainer.sync.hand_off = spied  # type: ignore[method-assign]
+    trainer.net.sync.hand_off = spied  # type: ignore[method-assign]
     result = trainer.run()
     return {
         "deals": deals,
         "test": (result.loss, result.accuracy),
         "threads": torch.get_num_threads(),
-        "owned": arrays(trainer.workers.owned(trainer.deal)),
+        "owned": arrays(trainer.workers.owned(trainer.net.deal)),
         "held": held(trainer),
     }
 

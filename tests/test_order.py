@@ -165,7 +165,7 @@ def trainer_at(config: Config, order: Order) -> Trainer:
     trainer.config, trainer.order = config, order
     trainer.start = SimpleNamespace(position=order.start)  # type: ignore[assignment]
     trainer._scheduled = None
-    trainer.layout = Layout(order.workers, 1)
+    trainer.net = SimpleNamespace(layout=Layout(order.workers, 1))  # type: ignore[assignment]
     trainer.rounds = config.rounds or order.rounds(config.epochs, config.local_steps)
     return trainer
 

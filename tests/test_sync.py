@@ -475,10 +475,8 @@ def train_watched(comm: Comm, config: Config) -> tuple[int, int, int]:
 
     trainer.comm.buffer, trainer.comm.exchange = buffer, counted  # type: ignore[method-assign]
     for round in range(2):
-        trained, trainer.deal = trainer.deal, trainer.partition(round + 1)
-        trainer.sync.aggregate(trainer.workers.vectors, trained)
-        trainer.sync.hand_off(trainer.workers.vectors, trained, trainer.deal)
-    vector = trainer.workers.vectors[trainer.layout.workers_of(comm.rank)[0]]
+        trainer.net.synchronise(round)
+    vector = trainer.workers.vectors[trainer.net.layout.workers_of(comm.rank)[0]]
     return most, trainer.workers.layout.block.numel * vector.element_size(), exchanges // 2
 
 

@@ -294,8 +294,8 @@ def test_optional_copies_and_dropped_rounds_are_reported(ranks: Ranks, tmp_path:
 def opening(comm: Comm, options: dict[str, Any]) -> str:
     report.expected = plan.expected  # see tests/warm.py
     trainer = Trainer(comm, Config(**options))
-    facts = (trainer.config, comm, trainer.layout, trainer.blueprint, trainer.data, trainer.rounds)
-    return report.opening(report.Job(*facts), trainer.deal, trainer.start)
+    facts = (trainer.config, comm, trainer.net.layout, trainer.net.blueprint, trainer.data, trainer.rounds)
+    return report.opening(report.Job(*facts), trainer.net.deal, trainer.start)
 
 
 @pytest.mark.parametrize("strategy", ["resist", "local_sgd", "ddp", "fsdp", "zero2"])

@@ -1,0 +1,147 @@
+"""The Python API: a loop of one's own trains what train.py trains, and the README's lines run."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+from resist_ds import ResIST, api
+from resist_ds.checkpoint import Checkpoint
+from resist_ds.comm import Comm
+from resist_ds.config import Config
+from resist_ds.errors import RunError, UserError
+from resist_ds.trainer import Trainer
+from tests.conftest import Ranks
+from tests.oracle import arrays
+
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).parent.parent
+W, STEPS, ROUNDS = 3, 2, 3
+SHARED: dict[str, Any] = {"workers": W, "seed": 5, "lr": 0.05, "cpu_threads": 1, "calibration_samples": 40}
+TRAIN: dict[str, Any] = {
+    **SHARED,
+    **{"model": "preact_resnet_small", "num_classes": 10, "dataset": "synthetic", "img_size": 8},
+    **{"batch_size": 8, "local_steps": STEPS, "rounds": ROUNDS, "schedule": "constant", "eval_every": 0},
+    **{"log_with": "none", "progress": False},
+}
+
+
+def as_train_py(comm: Comm, folder: str) -> tuple[float, float, Any]:
+    trainer = Trainer(comm, Config(**TRAIN, output_dir=folder))
+    result = trainer.run()
+    assert result is not None
+    return result.loss, result.accuracy, arrays(trainer.workers.owned(trainer.net.deal))
+
+
+def own_loop(comm: Comm, folder: str, stop: int = ROUNDS, **options: Any) -> tuple[Any, ...]:
+    """The same run on the same batches by a loop of one's own; until round `stop`."""
+    api.Comm = lambda: comm  # type: ignore[assignment,misc]
+    batches_of = Trainer(comm, Config(**TRAIN, output_dir=f"{folder}-batches"))
+    data = batches_of.data
+    with ResIST("preact_resnet_small", num_classes=10, output_dir=folder, **SHARED, **options) as resist:
+        comm.close = lambda: None  # type: ignore[method-assign]  # the caller does it
+        for round in range(resist.round, stop):
+            for worker in resist.workers():
+                steps = range(round * STEPS, (round + 1) * STEPS)
+                schedule = (batches_of.order.batch(step, worker.index) for step in steps)
+                for x, y in data.train_batches(schedule, resist.device, torch.float32, False):
+                    F.cross_entropy(worker.module(x), y).backward()
+                    worker.optimizer.step()
+                    worker.optimizer.zero_grad()
+            resist.synchronise()
+        every = np.arange(data.train_size)
+        plain = data.train_images(every, resist.device, torch.float32, False)
+        tests = [*data.test_batches([np.arange(data.test_size)], resist.device, torch.float32, False)]
+        train = TensorDataset(plain, torch.zeros(len(plain)))
+        loss, accuracy = resist.evaluate(TensorDataset(*tests[0]), train)
+        saved = resist.save()
+        net = resist._net
+        return loss, accuracy, arrays(net.workers.owned(net.deal)), str(saved)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_loop_of_ones_own_trains_what_train_py_trains(size: int, ranks: Ranks, tmp_path: Path) -> None:
+    """Bit for bit; also when it is stopped and resumed, and what it saves is a checkpoint like any other."""
+    expected = ranks(as_train_py, size, str(tmp_path / "train"))
+    ranks(own_loop, size, str(tmp_path / "own"), 1)
+    found = ranks(resumed, size, str(tmp_path / "own"))
+    for (loss, accuracy, owned), (own_loss, own_accuracy, own_owned, _) in zip(expected, found, strict=True):
+        assert (own_loss, own_accuracy) == (pytest.approx(loss, abs=1e-6), accuracy)
+        assert own_owned.keys() == owned.keys()
+        for name, tensors in owned.items():
+            for kind, values in tensors.items():
+                assert np.array_equal(own_owned[name][kind], values), (name, kind)
+    checkpoint = Checkpoint.verified(Path(found[0][3]))
+    assert (checkpoint.state.round, checkpoint.state.workers) == (ROUNDS, W)
+    checkpoint.close()
+
+
+def resumed(comm: Comm, folder: str) -> tuple[Any, ...]:
+    return own_loop(comm, folder, resume="auto")
+
+
+def readme(comm: Comm, folder: Path) -> tuple[float, str]:
+    """The README's lines, with data of their own."""
+    (source,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        if "import ResIST" in block
+    )
+    assert len(source.splitlines()) <= 16
+    api.Comm = lambda: comm  # type: ignore[assignment,misc]
+    comm.close = lambda: None  # type: ignore[method-assign]
+    os.chdir(folder)
+    images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 10
+    samples = TensorDataset(images, labels)
+
+    def batches(worker: int, round: int) -> Any:
+        return [(images[worker::8], labels[worker::8])] * 2
+
+    names: dict[str, Any] = {"F": F, "train": samples, "test": samples, "batches": batches}
+    exec(
+        compile(source.replace("range(resist.round, 100)", "range(resist.round, 2)"), "README.md", "exec"),
+        names,
+    )
+    return names["accuracy"], str(sorted(p.name for p in folder.rglob("round-*")))
+
+
+def test_the_lines_of_the_readme(ranks: Ranks, tmp_path: Path) -> None:
+    found = ranks(readme, 2, tmp_path)
+    assert found[0] == found[1]
+    assert 0 <= found[0][0] <= 1 and found[0][1] == "['round-000001', 'round-000002']"
+
+
+def mistakes(comm: Comm, folder: str) -> list[str]:
+    api.Comm = lambda: comm  # type: ignore[assignment,misc]
+    said = []
+    wrong: list[dict[str, Any]] = [{"epochs": 3}, {"strategy": "ddp"}, {"workers": 1}, {"min_blocks": 9}]
+    for place, options in enumerate(wrong):
+        with pytest.raises(UserError) as caught:
+            ResIST("preact_resnet_small", num_classes=10, output_dir=f"{folder}/{place}", **options)
+        said.append(str(caught.value))
+    with (
+        pytest.raises(RunError) as early,
+        ResIST("preact_resnet_small", num_classes=10, output_dir=f"{folder}/early", workers=2) as resist,
+    ):
+        for _ in resist.workers():
+            break
+        resist.synchronise()
+    return [*said, str(early.value)]
+
+
+def test_mistakes_are_named_in_one_line(ranks: Ranks, tmp_path: Path) -> None:
+    both = ranks(mistakes, 2, str(tmp_path))
+    assert both[0] == both[1]
+    option, strategy, workers, blocks, early = both[0]
+    assert option.startswith("ResIST has no option epochs: its options are workers, ")
+    assert strategy == "ResIST trains by strategy resist or local_sgd, not by ddp"
+    assert workers.startswith("--workers 1 is less than the 2 ranks")
+    assert blocks.startswith("--min_blocks 9 is more than preact_resnet_small has")
+    assert early == "synchronise() before worker 0 had its turn: go through all of workers() first"
