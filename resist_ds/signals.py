@@ -8,6 +8,10 @@ in a collective or a long operation, in which Python runs no signal handler.
 Launchers: torchrun, and accelerate with several ranks, pass signals on; a single-process accelerate and
 deepspeed's outer process just end, which counts as SIGTERM. A rank whose launcher passes signals on and is
 gone without a word was orphaned by force and ends at once.
+
+Those above a rank are looked up when its imports are done, and one that has ended by then has left no trace.
+So whoever starts a launcher may name its process, and others that the run must not outlive, in the variable
+RESIST_DS_LAUNCHERS: numbers with spaces between. `tools/trial.py` does, for the agent of a sweep.
 """
 
 import os
@@ -31,6 +35,7 @@ LAUNCHERS = (
     "deepspeed",
     "torchrun",
     "wandb",
+    "accelerate.commands.launch",
     "deepspeed.launcher.launch",
     "torch.distributed.run",
 )
@@ -68,9 +73,11 @@ class Signals:
         self._deferred, self._stands = False, "the checkpoint is complete"
 
     def __enter__(self) -> "Signals":
-        if "WORLD_SIZE" in os.environ and os.getppid() != self._parent:
+        named = _named()
+        if ("WORLD_SIZE" in os.environ and os.getppid() != self._parent) or None in named:
             self._orphaned()
-        self._launchers = _launchers()
+        ended = Signals._launcher_ended
+        self._launchers = _launchers() + [(process, ended) for process in named if process is not None]
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -147,6 +154,20 @@ def _launchers() -> list[tuple[psutil.Process, Callable[[Signals], None]]]:
             break
         found.append((parent, Signals._launcher_ended))
     return found
+
+
+def _named() -> list[psutil.Process | None]:
+    """The processes in RESIST_DS_LAUNCHERS; None for one that has ended."""
+    named: list[psutil.Process | None] = []
+    own = psutil.Process()
+    for pid in os.environ.get("RESIST_DS_LAUNCHERS", "").split():
+        try:
+            process = psutil.Process(int(pid))
+            # One that is younger than this rank has only got the number of one that has ended.
+            named.append(process if _runs(process) and process.create_time() <= own.create_time() else None)
+        except (ValueError, psutil.Error):
+            named.append(None)
+    return named
 
 
 def _is_launcher(process: psutil.Process) -> bool:

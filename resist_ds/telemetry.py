@@ -288,7 +288,7 @@ class Telemetry:
     def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to the tracker."""
         self.totals.wall = time.monotonic() - self._begun
-        metrics = {**metrics, "wall_s": self.totals.wall, "comm/bytes_total": self.totals.bytes_total}
+        metrics = {**metrics, "perf/wall_s": self.totals.wall, "comm/bytes_total": self.totals.bytes_total}
         peaks = {key: max(v, self._last.get(key, v)) for key, v in metrics.items() if "_gib" in key}
         self._last |= {**metrics, **peaks}  # the summary's peaks are those of the whole run
         if not self._main:

@@ -25,7 +25,13 @@ from resist_ds.start import Start
 
 START = 20.0  # seconds that a server has to answer before the run goes offline
 CLOSE = 30.0  # seconds that a tracker has to take what is left when the run is over
-AXES = ("global_step", "samples_seen", "round", "wall_s", "comm/bytes_total")  # that figures are drawn over
+AXES = (
+    "global_step",
+    "samples_seen",
+    "round",
+    "perf/wall_s",
+    "comm/bytes_total",
+)  # that figures are drawn over
 
 
 class Tracker:

@@ -48,7 +48,7 @@ OPTIONS: dict[str, Any] = {
 
 # What the documentation promises, by the kind of line.
 POSITION = {
-    *("kind", "round", "global_step", "samples_seen", "wall_s", "comm/bytes_total"),
+    *("kind", "round", "global_step", "samples_seen", "perf/wall_s", "comm/bytes_total"),
     *("lr", "mem/params_held", "mem/params_full"),
 }
 MEMORY = {"mem/peak_gib", "mem/peak_gib/rank0", "mem/peak_gib/rank1"}
@@ -198,9 +198,9 @@ def test_the_summary_has_the_peaks_of_the_whole_run(ranks: Ranks, tmp_path: Path
 
 def test_the_summary_repeats_the_end_and_says_how_it_came_about(run: Run) -> None:
     last = {**run.rounds[-1], **run.evals[-1]}
-    assert run.summary["wall_s"] >= last["wall_s"] > sum(r["perf/local_s"] for r in run.rounds)
+    assert run.summary["perf/wall_s"] >= last["perf/wall_s"] > sum(r["perf/local_s"] for r in run.rounds)
     for name, value in last.items():
-        if name not in ("kind", "wall_s") and "_gib" not in name:
+        if name not in ("kind", "perf/wall_s") and "_gib" not in name:
             assert run.summary[name] == value
     assert run.summary["eval/best_accuracy"] == max(r["eval/accuracy"] for r in run.evals)
     settings = run.summary["settings"]

@@ -23,7 +23,7 @@ from tests.wandb_server import Server, serving
 pytestmark = pytest.mark.ranks
 
 KEY = "0123456789abcdef" * 2 + "01234567"  # of the form of a key for wandb
-AXES = {"global_step", "samples_seen", "round", "wall_s", "comm/bytes_total"}
+AXES = {"global_step", "samples_seen", "round", "perf/wall_s", "comm/bytes_total"}
 PICTURES = {"accuracy", "memory", "blocks"}  # those of tools/plot.py
 
 
@@ -128,7 +128,7 @@ def test_a_job_is_one_run_however_often_it_is_resumed(ranks: Ranks, tmp_path: Pa
     assert (
         first.rpartition("-")[2] == second.rpartition("-")[2] == (folder / "tracker_run").read_text().strip()
     )
-    wall = [record["wall_s"] for record in records(folder)]
+    wall = [record["perf/wall_s"] for record in records(folder)]
     assert wall == sorted(wall)  # the clock goes on too
 
     ranks(train_in, 1, options, alone(tmp_path))  # another job in the same folder
@@ -185,7 +185,7 @@ def test_a_server_that_does_not_answer_neither_stops_nor_slows_training(
     assert "global model: " in printed
     assert bool(server.received) == (server_that == "hangs")
     if server_that != "has no key":  # it was still being waited for when training was done
-        assert records(folder)[-1]["wall_s"] < patience
+        assert records(folder)[-1]["perf/wall_s"] < patience
     with serving() as later:
         sync(folder, tmp_path, later)
     (rows,) = (rows for rows in later.history().values() if rows)
