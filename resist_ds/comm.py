@@ -56,13 +56,21 @@ class Comm:
         if gpus:
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpus else "gloo",
-                init_method=init_method,
-                timeout=timeout,
-                rank=self.rank,
-                world_size=self.size,
-            )
+            try:
+                torch.distributed.init_process_group(
+                    "cpu:gloo,cuda:nccl" if gpus else "gloo",
+                    init_method=init_method,
+                    timeout=timeout,
+                    rank=self.rank,
+                    world_size=self.size,
+                )
+            except RuntimeError as error:
+                if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
+                    raise
+                raise RunError(
+                    f"rank {self.rank} cannot reach the other ranks ({_in_short(error)}): open the ports "
+                    "between the machines, and name their network: GLOO_SOCKET_IFNAME (docs/multi-node.md)"
+                ) from error
             deepspeed_comm().init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
         shared_gpu = any(self.gather(self.local_size > gpus))
         self.buffer_device = torch.device("cpu") if shared_gpu else self.device
@@ -193,12 +201,19 @@ class Comm:
         except RuntimeError as error:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
-            # without gloo's source line, the peer's address and the advice that follow
-            said = re.search(r"(?<=\] )[^.\[]+\b", str(error))
-            raise RunError(
-                f"rank {self.rank} lost another rank, whose own message or exit says why "
-                f"({said.group() if said else type(error).__name__})"
-            ) from error
+            lost = RunError(
+                f"rank {self.rank} lost another rank, whose own message or exit says why ({_in_short(error)})"
+            )
+            lost.alone = (
+                self.local_rank == 0
+            )  # on every machine one says so: rank 0's may be the one that is gone
+            raise lost from error
+
+
+def _in_short(error: RuntimeError) -> str:
+    """gloo's words without its source line, the peer's address and the advice that follow."""
+    said = re.search(r"(?<=\] )[^.\[]+\b", str(error))
+    return said.group() if said else type(error).__name__
 
 
 @cache

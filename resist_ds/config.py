@@ -17,7 +17,6 @@ import typing
 from argparse import ArgumentError, HelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
@@ -26,6 +25,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from .deepspeed_config import check as check_deepspeed
 from .deepspeed_config import options_of
 from .errors import UserError
+from .presets import find
 from .strategy import STRATEGIES, Strategy
 
 T = TypeVar("T")
@@ -437,7 +437,7 @@ def _command_line(argv: Sequence[str]) -> Iterator[_Given]:
 
 def _yaml_file(name: str) -> Iterator[_Given]:
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = find(name, ".yaml").read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:  # not text, nested too deep, ...
         reason = error.strerror if isinstance(error, OSError) else error

@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .presets import PRESETS, find
 from .strategy import STRATEGIES
 
 if TYPE_CHECKING:
     from .config import Config
 
 Json = dict[str, Any]
-PRESETS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 # Fields that decide nothing but how DeepSpeed does it, and their types; they are passed on as they are.
 _PASSED_ON: dict[str, type] = {"steps_per_print": int, "wall_clock_breakdown": bool}
@@ -49,7 +48,7 @@ SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")  # the others set m
 def read(file: str) -> Json:
     """The file's contents. Raises `UserError` where it cannot be read, or is not a JSON object."""
     try:
-        found = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        found = json.loads(find(file, ".json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--deepspeed_config {file} cannot be read: {error.strerror}") from None
     except ValueError as error:  # not JSON, or not text

@@ -16,11 +16,12 @@ import torch
 
 from resist_ds import strategy as ways
 from resist_ds.config import Config
-from resist_ds.deepspeed_config import PRESETS, read
+from resist_ds.deepspeed_config import read
 from resist_ds.errors import UserError
 from resist_ds.footprint import Device, Footprints, Usage, count_once
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout, elements_sent, sample_partition, slots_for
+from resist_ds.presets import PRESETS
 from resist_ds.subnet import StateLayout
 from resist_ds.sync import MEAN_CHUNK
 

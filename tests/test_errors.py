@@ -10,15 +10,18 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from resist_ds import trainer
 from resist_ds.comm import Comm
 from resist_ds.config import Config
+from resist_ds.errors import RunError
 from resist_ds.order import Order
 from tests.conftest import _CONTEXT, Ranks, _rank
 
@@ -332,3 +335,34 @@ def test_killed_rank_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
     gloo_says = r"\((Connection closed by peer|Connection reset by peer|Read error|Write error)\)\n"
     assert re.fullmatch(lost + gloo_says, result.stderr)
     assert time.monotonic() - start < 60
+
+
+def test_a_rank_that_cannot_reach_the_others_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gloo says where a machine's name stands for its own loopback."""
+
+    def init(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(
+            "Gloo connectFullMesh failed with [/gloo/pair.cc:152] timed out connecting: refused"
+        )
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(
+        RunError, match=r"^rank 1 cannot reach the other ranks \(timed out connecting.*IFNAME"
+    ):
+        Comm()
+
+
+@pytest.mark.parametrize(("local_rank", "says"), [(0, True), (1, False)])
+def test_every_machine_says_once_that_a_rank_is_lost(local_rank: int, says: bool) -> None:
+    """Rank 0, which speaks for all, may be on the machine that is gone."""
+    rank: Any = SimpleNamespace(rank=4, local_rank=local_rank)
+    with (
+        pytest.raises(RunError, match=r"rank 4 lost another rank.*\(Read error\)") as lost,
+        Comm.others(rank),
+    ):
+        raise RuntimeError(
+            "[/gloo/transport/tcp/pair.cc:547] Read error [127.0.0.1]:1: Connection reset by peer"
+        )
+    assert lost.value.alone == says

