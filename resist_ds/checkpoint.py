@@ -210,7 +210,15 @@ class Checkpoint:
 
     @classmethod
     def verified(cls, folder: Path) -> "Checkpoint":
-        """Open a checkpoint after a look at every byte, name, shape and type. Raises `DamagedError`."""
+        """Open a checkpoint after a look at every byte, name, shape and type.
+
+        Raises:
+            DamagedError: it is not as it was written.
+            UserError: the folder is that of a run, or of its checkpoints.
+        """
+        inside = newest_first(folder) or newest_first(folder / "checkpoints")
+        if inside:
+            raise UserError(f"{folder} holds checkpoints: type one of them, {inside[0]}")
         files = storage.check_sealed(folder)
         checkpoint = cls(folder)
         named = round_of(folder)

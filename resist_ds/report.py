@@ -115,7 +115,7 @@ def _predicted(job: Job, slots: int) -> str | None:
     trained = slots if config.way.partitions else job.blueprint.pool
     peak, sent = expected(job.blueprint, config, trained, job.layout, job.data.img_size, device)
     return (
-        f"predicted: {peak / 2**20:,.0f} MiB at a rank's peak (beside the imports), "
+        f"predicted: {peak / 2**20:,.0f} MiB of tensors at a rank's peak, "
         f"{_megabytes(sent)} sent a round by all ranks"
     )
 

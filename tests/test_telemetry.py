@@ -304,7 +304,7 @@ def test_the_first_lines_predict_memory_and_bytes(strategy: str, ranks: Ranks, t
     options = OPTIONS | {"output_dir": str(tmp_path), "workers": 2, "strategy": strategy}
     (text, silent) = ranks(opening, 2, options)
     assert "predicted" not in silent  # only rank 0 takes the time
-    peak, sent = re.search(r"^predicted: (\S+) MiB at .* (\S+) MB sent a round", text, re.M).groups()  # type: ignore[union-attr]
+    peak, sent = re.search(r"^predicted: (\S+) MiB of .* (\S+) MB sent a round", text, re.M).groups()  # type: ignore[union-attr]
     config = Config(**options)
     question = plan.Question(Blueprint(config.model, 10), config, 8, (2,), 1e9, 1e9, device="cpu")
     expected = plan.Plan(question).predict(strategy, 2)

@@ -10,7 +10,11 @@ import resist_ds.trainer  # noqa: F401
 from resist_ds import comm, report
 
 comm.deepspeed_comm()
-for name in ("resist_ds.zero", "resist_ds.fsdp"):  # after DeepSpeed's environment is set
+for name in (  # after DeepSpeed's environment is set
+    "resist_ds.zero",
+    "resist_ds.fsdp",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which its engines import, and with it torch's inductor
+):
     importlib.import_module(name)
 
 # Most runs of the tests are shorter than their own prediction; tests of that put it back.

@@ -14,6 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from resist_ds.config import parse
+from resist_ds.errors import RunError
+
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = ROOT / "ds_configs" / "demo.yaml"
 WORKERS = 4
@@ -21,6 +26,11 @@ BATCH_SIZE = 16
 
 
 def main() -> int:
+    try:
+        parse(sys.argv[1:])  # a mistake is better told here than by a launcher
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     import torch  # here, so that a mistake in the arguments of this file does not wait for it
 
     gpus = torch.cuda.device_count()

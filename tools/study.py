@@ -96,6 +96,8 @@ def main() -> int:
     given, others = parser.parse_known_args()
     try:
         if not given.report:
+            if given.data_dir is not None and not given.data_dir.is_dir():
+                raise UserError(f"--data_dir {given.data_dir}: no such folder")
             run_all(given, others)
         print(report(given.output_dir))
     except (UserError, ValueError) as error:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     """Become the launcher of the trial that the arguments describe. Does not return."""
     agent = os.getppid()
     if len(arguments) < 3 or arguments[0] not in LAUNCHERS or not re.fullmatch("[1-9][0-9]*", arguments[1]):
-        fail(f"type: trial.py {{{','.join(LAUNCHERS)}}} RANKS train.py [options]; got {' '.join(arguments)}")
+        fail(f"type: trial.py {{{','.join(LAUNCHERS)}}} RANKS train.py [options]")
     launcher, ranks, program = arguments[0], int(arguments[1]), list(arguments[2:])
     there = visible(os.environ)
     if 0 < len(there) < ranks:

@@ -195,6 +195,8 @@ def check(config: Config, strategies: Sequence[str], ranks: int) -> None:
             raise UserError(
                 "--strategies stochastic_depth has one worker, which exchanges nothing: leave it out"
             )
+        if strategy not in STRATEGIES:
+            raise UserError(f"--strategies names {strategy!r}: type some of {', '.join(STRATEGIES)}")
         of_strategy(config, strategy)
         if strategy not in ONCE_A_ROUND and ranks != workers:
             raise UserError(
