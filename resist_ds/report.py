@@ -114,10 +114,8 @@ def _predicted(job: Job, slots: int) -> str | None:
     device: Device = "cuda" if comm.device.type == "cuda" else "cpu"
     trained = slots if config.way.partitions else job.blueprint.pool
     peak, sent = expected(job.blueprint, config, trained, job.layout, job.data.img_size, device)
-    return (
-        f"predicted: {peak / 2**20:,.0f} MiB of tensors at a rank's peak, "
-        f"{_megabytes(sent)} sent a round by all ranks"
-    )
+    bytes_sent = f"{_megabytes(sent)} sent a round by all ranks" if comm.size > 1 else "nothing sent"
+    return f"predicted: {peak / 2**20:,.0f} MiB of tensors at a rank's peak, {bytes_sent}"
 
 
 def closing(
@@ -167,8 +165,10 @@ def closing(
         ),
         f"global model: {100 * totals.accuracy[-1]:.2f} % test accuracy "
         f"(best {100 * max(totals.accuracy):.2f} %)",
-        f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
-        f"{_count(layout.ranks, 'rank')}",
+        "bytes a round: none, there was one rank"
+        if layout.ranks == 1
+        else f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
+        f"{layout.ranks} ranks",
     ]
     if layout.workers > 1 and job.config.strategy == "resist":
         lines.append(
