@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import suppress
 
-from .config import parse
+from .command_line import parse
 from .errors import RunError
 
 

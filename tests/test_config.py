@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from resist_ds.config import SHAPING, Config, parse
+from resist_ds.command_line import parse
+from resist_ds.config import SHAPING, Config
 from resist_ds.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -352,7 +353,7 @@ def test_help_is_quick_and_loads_no_torch():
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print([m for m in ('torch', 'timm', 'numpy') if m in sys.modules]))\n"
-        "from resist_ds.config import parse\n"
+        "from resist_ds.command_line import parse\n"
         "parse(['--help'])"
     )
     start = time.perf_counter()

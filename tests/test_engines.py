@@ -12,7 +12,8 @@ import torch
 
 from resist_ds import deepspeed_config
 from resist_ds.comm import Comm
-from resist_ds.config import Config, parse
+from resist_ds.command_line import parse
+from resist_ds.config import Config
 from resist_ds.engine import RandomDepth
 from resist_ds.errors import UserError
 from resist_ds.models import Blueprint

@@ -30,7 +30,17 @@ def test_who_may_import_what_communicates() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["partition.py", "config.py", "order.py", "errors.py", "strategy.py", "deepspeed_config.py"]
+    "name",
+    [
+        "partition.py",
+        "config.py",
+        "command_line.py",
+        "order.py",
+        "errors.py",
+        "strategy.py",
+        "deepspeed_config.py",
+        "presets.py",
+    ],
 )
 def test_planning_needs_no_torch(name: str) -> None:
     assert not [n for n in imported(PACKAGE / name) if n.split(".")[0] in ("torch", "timm", "torchvision")]

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from resist_ds.config import parse
+from resist_ds.command_line import parse
 from tests.test_launchers import BIN, OUR_TRACEBACK, ROOT, clean_environment
 from tests.test_signals import runs, until
 from tests.wandb_stub import WandbStub

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resist_ds.config import parse
+from resist_ds.command_line import parse
 from resist_ds.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
