@@ -80,7 +80,8 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"who plays whom: {'; '.join(plays)}{more}",
         f"device: {_device(comm)}, {_count(config.cpu_threads, 'CPU thread')} per rank, "
         f"{'exchange over ' + comm.backend if comm.size > 1 else 'nothing to send'}",
-        f"{job.rounds} rounds of {config.local_steps} local steps × {config.batch_size} images per worker",
+        f"{_count(job.rounds, 'round')} of {_count(config.local_steps, 'local step')} × "
+        f"{_count(config.batch_size, 'image')} per worker",
     ]
     predicted = _predicted(job, slots)
     if predicted:
