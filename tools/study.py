@@ -5,9 +5,10 @@
     python tools/study.py --output_dir runs/study --report               # the table of what is there
 
 CIFAR is an image folder (train/ and test/ with a folder per class). Every run is one `train.py` on one rank.
-`ddp` is one worker with the batches of all, in as many micro-batches as workers: BatchNorm sees what it would see on each of them, and gradients are averaged
-alike. `stochastic_depth` is one worker that runs, in every step, as many pool blocks drawn at random
-as a worker of `resist` holds with the middle number of workers: the same multiply-adds an image.
+`ddp` is one worker with the batches of all, in as many micro-batches as workers: BatchNorm sees what it would
+see on each of them, and gradients are averaged alike. `stochastic_depth` is one worker that runs, in every
+step, as many pool blocks drawn at random as a worker of `resist` holds with the middle number of workers: the
+same multiply-adds an image.
 
 Options that this tool does not know go to every run: `--model preact_resnet101 --img_size 32 --lr 0.01`.
 """
