@@ -24,8 +24,9 @@ install: $(STAMP)
 demo: install
 	$(BIN)/python tools/demo.py
 
+# Two files at a time, since many tests leave a core idle; a file's tests stay together and in order.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Fifty seeded SIGKILLs of ranks and launchers, most of them in the middle of a save.
 soak: install
@@ -36,7 +37,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy resist_ds
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: install
 	$(BIN)/python tools/bench.py

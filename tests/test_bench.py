@@ -407,7 +407,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--strategies resist,nonsense --workers 2", "--strategy is 'nonsense': type one of resist"),
+        ("--strategies resist,nonsense --workers 2", "--strategies names 'nonsense': type some of resist"),
         (
             "--strategies ddp --workers 4 --ranks 2",
             "--strategies ddp has one worker per rank: type --ranks 4",
@@ -467,5 +467,5 @@ def test_a_mistake_is_answered_without_torch() -> None:
         "--workers=2",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 2 and "error: --strategy is 'nonsense'" in done.stderr
+    assert done.returncode == 2 and "error: --strategies names 'nonsense'" in done.stderr
     assert " torch\n" not in done.stderr

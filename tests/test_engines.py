@@ -52,11 +52,10 @@ def written(folder: Path, content: object) -> str:
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        (2, {}),
         (3, {"activation_checkpointing": True, "accumulation_steps": 2, "clip_grad": 1.0}),
         (2, {"optimizer": "adamw", "lr": 1e-3}),
     ],
-    ids=["sgd", "checkpointing-accumulation-clipping", "adamw"],
+    ids=["sgd-checkpointing-accumulation-clipping", "adamw"],
 )
 def test_all_lockstep_strategies_agree_over_ten_steps(
     size: int, options: dict[str, Any], ranks: Ranks, tmp_path: Path

@@ -96,8 +96,6 @@ def main() -> int:
     given, others = parser.parse_known_args()
     try:
         if not given.report:
-            if given.data_dir is not None and not given.data_dir.is_dir():
-                raise UserError(f"--data_dir {given.data_dir}: no such folder")
             run_all(given, others)
         print(report(given.output_dir))
     except (UserError, ValueError) as error:
@@ -126,6 +124,8 @@ def run_all(given: argparse.Namespace, others: list[str]) -> None:
         if unknown:
             raise ValueError(f"--only {unknown[0]}: type some of {','.join(known)}")
         chosen = [known[name] for name in given.only.split(",")]
+    if not given.data_dir.is_dir():
+        raise ValueError(f"--data_dir {given.data_dir}: no such folder")
     place: Path = given.output_dir
     place.mkdir(parents=True, exist_ok=True)
 
