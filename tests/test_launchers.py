@@ -157,7 +157,6 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
         "deepspeed: typo": ("deepspeed", TYPO, TRAIN),
         "accelerate: typo": ("accelerate", TYPO, TRAIN),
         "torchrun: typo": ("torchrun", TYPO, late),
-        "python: too many": ("python", ["--min_blocks", "9", "--log_with", "none"], TRAIN),
     }
     with ThreadPoolExecutor(2) as pool:
         futures: dict[str, Future[Finished]] = {
@@ -267,11 +266,3 @@ def test_a_typo_is_answered_in_one_line(launcher: str, codes: set[int], launches
     assert finished.said() == [TYPO_LINE], finished.stdout + finished.stderr
     assert finished.code in codes
     assert not finished.our_traceback()
-
-
-def test_a_mistake_that_only_the_trainer_sees_is_answered_in_one_line(launches: Launches) -> None:
-    finished = launches("python: too many")
-    (line,) = finished.said()
-    assert line.startswith("error: --min_blocks 9 is more than preact_resnet_small has")
-    assert finished.stderr == f"{line}\n"
-    assert finished.code == 2

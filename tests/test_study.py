@@ -82,18 +82,3 @@ def test_a_study_goes_on_and_reports_its_runs(images: Path, tmp_path: Path) -> N
 def rows_of(printed: str) -> list[str]:
     """The table in what was printed."""
     return [line for line in printed.splitlines() if line.startswith("|")]
-
-
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        ((), "type --data_dir FOLDER, of images to train on (train/ and test/)"),
-        (("--data_dir", "x", "--only", "ddp-5"), "--only ddp-5: type some of resist-2-travel,"),
-        (("--data_dir", "x", "--modle", "y"), "unknown option --modle (did you mean --model"),
-        (("--report", "--output_dir", "nowhere"), "nowhere holds no finished run"),
-    ],
-)
-def test_wrong_calls_get_one_line(options: tuple[str, ...], line: str) -> None:
-    ended = study(*options)
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.startswith(f"error: {line}") and ended.stderr.count("\n") == 1
