@@ -114,7 +114,10 @@ def _predicted(job: Job, slots: int) -> str | None:
         return None
     device: Device = "cuda" if comm.device.type == "cuda" else "cpu"
     trained = slots if config.way.partitions else job.blueprint.pool
-    peak, sent = expected(job.blueprint, config, trained, job.layout, job.data.img_size, device)
+    try:
+        peak, sent = expected(job.blueprint, config, trained, job.layout, job.data.img_size, device)
+    except Exception as error:  # what torch cannot do without storage must not end a run that it can do
+        return f"predicted: nothing, this net's step cannot be counted ({type(error).__name__})"
     bytes_sent = f"{_megabytes(sent)} sent a round by all ranks" if comm.size > 1 else "nothing sent"
     return f"predicted: {peak / 2**20:,.0f} MiB of tensors at a rank's peak, {bytes_sent}"
 

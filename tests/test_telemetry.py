@@ -312,6 +312,16 @@ def test_the_first_lines_predict_memory_and_bytes(strategy: str, ranks: Ranks, t
     assert float(sent) == pytest.approx(expected.sent_round / 1e6, abs=0.051)
 
 
+def opening_without_prediction(comm: Comm, options: dict[str, Any]) -> str:
+    plan.expected = lambda *args: 1 / 0  # type: ignore[assignment]
+    return opening(comm, options)
+
+
+def test_a_prediction_that_fails_ends_no_run(ranks: Ranks, tmp_path: Path) -> None:
+    (text,) = ranks(opening_without_prediction, 1, OPTIONS | {"output_dir": str(tmp_path)})
+    assert "predicted: nothing, this net's step cannot be counted (ZeroDivisionError)" in text
+
+
 def test_a_pool_too_small_to_partition_is_announced(ranks: Ranks, tmp_path: Path) -> None:
     place = {"output_dir": str(tmp_path)}
     (text,) = ranks(opening, 1, OPTIONS | place | {"model": "resnetv2_18", "workers": 2})
