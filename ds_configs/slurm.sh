@@ -24,10 +24,11 @@ port=$((29500 + SLURM_JOB_ID % 1000))
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 [ -d .venv ] && PATH=$PWD/.venv/bin:$PATH
 
-# srun passes the signal on to every torchrun, and these to their ranks, which finish the round and save.
+# Every torchrun gets a SIGTERM and passes it on to its ranks, which finish the round and save. By scancel, which
+# signals the steps and not this shell: srun itself takes a SIGTERM for the order to kill them.
 limit=
 step=
-trap 'limit=1; [ -z "$step" ] || kill -TERM "$step"' USR1
+trap 'limit=1; [ -z "$step" ] || scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # --shutdown_timeout: what torchrun leaves its ranks after a signal; keep it above --grace.
 # In the background: else this shell would hear of no signal before the end.

@@ -12,6 +12,7 @@
 Start it like train.py, with any launcher and any number of ranks. Options have train.py's names and meaning.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,17 +35,10 @@ from resist_ds.global_model import GlobalModel
 from resist_ds.models import Blueprint
 from resist_ds.partition import Layout
 from resist_ds.start import Start
+from resist_ds.workers import Workers
 
 OPTIONS = (  # those of train.py that mean something without its loop
-    *(
-        "workers",
-        "min_blocks",
-        "warmup_rounds",
-        "strategy",
-        "optimizer_state",
-        "transit_mib",
-        "from_pretrained",
-    ),
+    *("workers", "min_blocks", "warmup_rounds", "strategy", "optimizer_state", "transit_mib"),
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "dtype", "channels_last", "cpu_threads"),
     *("from_pretrained", "activation_checkpointing", "eval_batch_size", "eval_memory", "calibration_samples"),
     *("seed", "output_dir", "keep", "resume", "override"),
@@ -97,6 +91,15 @@ class ResIST:
         self._comm = comm = Comm()
         self._folder = RunFolder(config.output_dir)
         comm.agree(lambda: self._folder.take() if comm.rank == 0 else None)
+        try:
+            self._place(config)
+        except BaseException:
+            self._folder.release()
+            raise
+
+    def _place(self, config: Config) -> None:
+        """Place the workers. Collective: all ranks."""
+        comm = self._comm
         start = Start(comm, config, self._folder)
         self._config = config = replace(config, cpu_threads=start.threads(comm.local_size))
         torch.set_num_threads(config.cpu_threads)
@@ -104,10 +107,17 @@ class ResIST:
         self._position, self._train_size = start.position, start.state.train_size if start.state else 0
         comm.agree(lambda: start.check(config_to_keep(config) | {"scheduler": None}, self._train_size))
         layout = Layout(start.workers(comm.size), comm.size)
-        blueprint = comm.agree(lambda: Blueprint(model, num_classes))
+        assert config.num_classes is not None
+        classes = config.num_classes
+        blueprint = comm.agree(lambda: Blueprint(config.model, classes))
         self._net = GlobalModel(comm, config, layout, blueprint, start)
         self._saver = self._net.saver(self._folder.checkpoints, background=False)
+        comm.agree(lambda: start.make_way() if comm.rank == 0 else None)
+        if comm.rank == 0:
+            for remark in start.remarks:
+                print(f"warning: {remark}", file=sys.stderr)
         self._waiting = set(layout.workers_of(comm.rank))  # for their turn in this round
+        self._spoilt: list[int] = []
         self.round = start.position.round
         self.rank, self.ranks, self.workers_total = comm.rank, comm.size, layout.workers
         self.device = comm.device
@@ -116,23 +126,34 @@ class ResIST:
         """The workers that this rank plays, each in its turn; no communication. Go through all of them."""
         engine = self._net.workers.engine
         assert isinstance(engine, TorchEngine)
+        if self._config.optimizer_state == "reset" and isinstance(self._net.workers, Workers):
+            self._net.workers.reset_optimizer()
+        self._spoilt = []
         for worker in self._net.workers.turns():
             self._waiting.add(worker.index)
             yield Turn(worker.index, engine.subnet.module, engine.subnet.optimizer)
             engine.subnet.optimizer.zero_grad(set_to_none=True)  # they are no part of a worker's state
+            if not engine.is_finite():
+                self._spoilt.append(worker.index)
             self._waiting.discard(worker.index)
 
     def synchronise(self) -> None:
         """Average what the workers have trained and deal the blocks anew. Collective: all ranks.
 
         Raises:
-            RunError: a worker has not had its turn.
+            RunError: a worker has not had its turn, or holds NaN or Inf; nothing was averaged.
         """
-        missing = self._comm.gather(sorted(self._waiting))
+        missing, spoilt = zip(*self._comm.gather((sorted(self._waiting), self._spoilt)), strict=True)
         left = [worker for rank in missing for worker in rank]
+        bad = [worker for rank in spoilt for worker in rank]
         if left:
             raise RunError(
                 f"synchronise() before worker {left[0]} had its turn: go through all of workers() first"
+            )
+        if bad:
+            raise RunError(
+                f"worker {bad[0]} met NaN or Inf in round {self.round + 1}: nothing of it was averaged or "
+                "saved; try a lower lr"
             )
         self._net.synchronise(self.round)
         self._waiting = set(self._net.layout.workers_of(self._comm.rank))
@@ -166,7 +187,7 @@ class ResIST:
         return self._folder.checkpoints / folder_name(self.round)
 
     def close(self) -> None:
-        """Leave the job and let other runs use `output_dir`. Collective: all ranks."""
+        """Leave the job and its process group, and let others use `output_dir`. Collective: all ranks."""
         self._folder.release()
         self._comm.close()
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from resist_ds.errors import RunError
+from resist_ds.errors import RunError, UserError
 
 T = TypeVar("T")
 
@@ -56,6 +56,11 @@ class Comm:
         if gpus:
             torch.cuda.set_device(self.device)
         if self.size > 1:
+            if torch.distributed.is_initialized():
+                raise UserError(
+                    "this process is in a process group already: make ResIST before Accelerator or "
+                    "init_process_group"
+                )
             try:
                 torch.distributed.init_process_group(
                     "cpu:gloo,cuda:nccl" if gpus else "gloo",

@@ -372,17 +372,19 @@ def expected(
     blueprint: Blueprint,
     config: Config,
     slots: int,
+    most: int,
     layout: Layout,
     img_size: int,
     device: Device,
 ) -> tuple[int, float]:
-    """What a run's rank takes at its peak, and what all send in a round, in bytes.
+    """What a worker's step or exchange takes at its peak, and what all ranks send in a round, in bytes.
 
     Args:
         config: of a strategy that is predicted: without `--deepspeed_config`, not stochastic_depth.
+        slots, most: K, of whose rounds the bytes are, and the most in any round, of which the memory is.
     """
-    usage = count_once(blueprint, config, slots, img_size, device)
-    memory = _memory(config.strategy, layout.ranks, slots, usage, blueprint, config)
+    usage = count_once(blueprint, config, most, img_size, device)
+    memory = _memory(config.strategy, layout.ranks, most, usage, blueprint, config)
     if config.way.lockstep:
         sent: float = config.local_steps * sent_per_step(config.strategy, blueprint, config, layout.ranks)
     else:

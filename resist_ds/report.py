@@ -83,7 +83,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{_count(job.rounds, 'round')} of {_count(config.local_steps, 'local step')} × "
         f"{_count(config.batch_size, 'image')} per worker",
     ]
-    predicted = _predicted(job, slots)
+    predicted = _predicted(job, slots, deal.slots)
     if predicted:
         lines.append(predicted)
     if start.folder:
@@ -107,19 +107,24 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     return "\n".join(lines)
 
 
-def _predicted(job: Job, slots: int) -> str | None:
-    """Memory and bytes, on rank 0, which alone speaks; counting takes it a second or two."""
+def _predicted(job: Job, slots: int, first: int) -> str | None:
+    """Memory and bytes, on rank 0, which alone speaks; counting takes it a second or two.
+
+    Args:
+        first: slots in the first round, which may be one of warm-up.
+    """
     config, comm = job.config, job.comm
     if comm.rank or config.deepspeed_config is not None or config.strategy == "stochastic_depth":
         return None
     device: Device = "cuda" if comm.device.type == "cuda" else "cpu"
-    trained = slots if config.way.partitions else job.blueprint.pool
+    pool = job.blueprint.pool
+    trained, most = (slots, max(slots, first)) if config.way.partitions else (pool, pool)
     try:
-        peak, sent = expected(job.blueprint, config, trained, job.layout, job.data.img_size, device)
+        peak, sent = expected(job.blueprint, config, trained, most, job.layout, job.data.img_size, device)
     except Exception as error:  # what torch cannot do without storage must not end a run that it can do
         return f"predicted: nothing, this net's step cannot be counted ({type(error).__name__})"
     bytes_sent = f"{_megabytes(sent)} sent a round by all ranks" if comm.size > 1 else "nothing sent"
-    return f"predicted: {peak / 2**20:,.0f} MiB of tensors at a rank's peak, {bytes_sent}"
+    return f"predicted: {peak / 2**20:,.0f} MiB of tensors at the peak of a step, {bytes_sent}"
 
 
 def closing(
@@ -187,8 +192,12 @@ def closing(
 
 def _shareable(value: Any) -> Any:
     """An option as others may see it."""
-    path = isinstance(value, str) and (os.path.isabs(value) or value.startswith("~"))
-    return f"…/{Path(value).name}" if path else value
+    if not isinstance(value, str) or not (
+        os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts
+    ):
+        return value
+    name = Path(value).name
+    return "…" if name in ("..", Path.home().name) or name.startswith("~") else f"…/{name}"
 
 
 @cache

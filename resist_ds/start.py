@@ -52,6 +52,7 @@ class Start:
         """Choose the checkpoint and open it. Collective: all ranks."""
         choice = comm.collect(lambda: _choose(config, folder) if comm.rank == 0 else Choice())[0]
         self._config = config
+        self._run_folder = folder
         self._checkpoint = comm.agree(lambda: _see(comm.rank, choice)) if choice.path else None
         self._pretrained: Pretrained | None = None
         self.folder = choice.path
@@ -141,6 +142,26 @@ class Start:
         return {
             n: (torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)) for n, size in sizes.items()
         }
+
+    def make_way(self) -> None:
+        """On rank 0: records that will be written again are cut, an earlier run's files are set aside.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        folder = self._run_folder
+        try:
+            if self.here:
+                place = folder.set_aside_after(self.position.round)
+                what = "checkpoints that are not sound"
+            else:
+                place, what = folder.set_aside(), "the records and checkpoints of an earlier run"
+            if place:
+                self.remarks.append(f"{what} are now in {place}")
+        except OSError as error:  # a full disk, say
+            raise UserError(
+                f"--output_dir {folder.path} cannot be written to ({error.strerror}): type another folder"
+            ) from None
 
     def close(self) -> None:
         """Close the files that were read."""

@@ -97,7 +97,8 @@ class Tracker:
         self._todo.put(None)
         self._thread.join(CLOSE)
         if self._thread.is_alive():
-            later = f"; wandb sync {self._folder}/wandb/*run-* sends it" if self._is_wandb else ""
+            command = f"wandb sync --include-online {self._folder}/wandb/*run-*"
+            later = f"; {command} sends it" if self._is_wandb else ""
             self._warn(f"{self._config.log_with} has not taken everything after {CLOSE:g} s{later}")
 
     @property
@@ -142,7 +143,12 @@ class Tracker:
             return self._init(flat, purge_step=start.position.step + 1 if start.here else None)
         identity = self._identity()
         if config.log_with == "trackio":
-            name = config.run_name or identity
+            import trackio.run
+
+            # It would ask Hugging Face for the user's name, and tell that.
+            trackio.run.Run._get_username = lambda self: None  # type: ignore[method-assign]
+            # It knows runs by name alone; two jobs may have the same.
+            name = f"{config.run_name}-{identity}" if config.run_name else identity
             return self._init(self._settings, name=name, resume="allow", auto_log_gpu=False)
         tracker = self._wandb(identity)
         for axis in AXES:
@@ -167,11 +173,11 @@ class Tracker:
             options["job_type"] = settings["strategy"]
         if "WANDB_TAGS" not in environment:
             options["tags"] = [settings["strategy"], *(f"{name}={settings[name]}" for name in "WRK")]
-        mode = environment.get("WANDB_MODE")
-        if mode in ("disabled", "offline"):
+        mode = _theirs().mode  # `wandb offline` and `wandb disabled` are kept in a file
+        if mode in ("disabled", "offline", "dryrun"):
             return self._init(settings, mode=mode, **options)
         key = _has_key()
-        if key or self._config.wandb_project or mode:
+        if key or self._config.wandb_project or "WANDB_MODE" in environment:
             try:
                 _ask_server(key)
                 tracker = self._init(settings, mode="online", **options)
@@ -199,9 +205,13 @@ class Tracker:
         file = self._folder / "tracker_run"
         given = os.environ.get("WANDB_RUN_ID") if self._is_wandb and not new else None
         if given is None and self._start.here and file.exists() and not new:
-            return file.read_text().strip()
+            before = file.read_text().strip()
+            if before:
+                return before
         identity = given or secrets.token_hex(4)
-        file.write_text(f"{identity}\n")
+        beside = file.with_name(f".{file.name}")
+        beside.write_text(f"{identity}\n")
+        beside.replace(file)  # at once, so that a run that is killed meanwhile has the one or the other
         return identity
 
 
@@ -238,7 +248,7 @@ def _has_key() -> bool:
     """Whether there is a key for wandb's server, so that it need not ask for one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    return requests.utils.get_netrc_auth(_server()) is not None
+    return bool(_theirs().api_key) or requests.utils.get_netrc_auth(_server()) is not None
 
 
 def _ask_server(key: bool) -> None:
@@ -254,9 +264,14 @@ def _ask_server(key: bool) -> None:
 
 
 def _server() -> str:
+    return str(_theirs().base_url)
+
+
+def _theirs() -> Any:
+    """wandb's settings as its variables and files say."""
     import wandb
 
-    return str(wandb.setup().settings.base_url)
+    return wandb.setup().settings
 
 
 def _text(value: object) -> str:

@@ -138,7 +138,7 @@ class Trainer:
                     f"nothing to do: the run is complete (round {self.start.position.round} of {self.rounds})"
                 )
             return None
-        self.comm.agree(lambda: self._tidy_folder() if self.comm.rank == 0 else None)
+        self.comm.agree(lambda: self.start.make_way() if self.comm.rank == 0 else None)
         telemetry = Telemetry(self.comm, self.config, self.rounds, self.folder.metrics, self.start)
         with telemetry:
             self.comm.agree(lambda: telemetry.open(job.settings()))
@@ -193,22 +193,6 @@ class Trainer:
 
         scheduler = resolved(self._scheduler, self.config, self._after(self.rounds - 1).step)
         return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)
-
-    def _tidy_folder(self) -> None:
-        """On rank 0: records that will be written again are cut, an earlier run's files are set aside."""
-        try:
-            if self.start.here:
-                place = self.folder.set_aside_after(self.start.position.round)
-                what = "checkpoints that are not sound"
-            else:
-                place, what = self.folder.set_aside(), "the records and checkpoints of an earlier run"
-            if place:
-                self.start.remarks.append(f"{what} are now in {place}")
-        except OSError as error:  # a full disk, say
-            path = self.folder.path
-            raise UserError(
-                f"--output_dir {path} cannot be written to ({error.strerror}): type another folder"
-            ) from None
 
     def _load_data(self) -> Data:
         """The data set, fetched first where that is allowed. Collective: all ranks."""

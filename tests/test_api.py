@@ -44,6 +44,7 @@ def own_loop(comm: Comm, folder: str, stop: int = ROUNDS, **options: Any) -> tup
     """The same run on the same batches by a loop of one's own; until round `stop`."""
     api.Comm = lambda: comm  # type: ignore[assignment,misc]
     batches_of = Trainer(comm, Config(**TRAIN, output_dir=f"{folder}-batches"))
+    batches_of.folder.release()
     data = batches_of.data
     with ResIST("preact_resnet_small", num_classes=10, output_dir=folder, **SHARED, **options) as resist:
         comm.close = lambda: None  # type: ignore[method-assign]  # the caller does it
@@ -85,6 +86,72 @@ def test_a_loop_of_ones_own_trains_what_train_py_trains(size: int, ranks: Ranks,
 
 def resumed(comm: Comm, folder: str) -> tuple[Any, ...]:
     return own_loop(comm, folder, resume="auto")
+
+
+def reset_by_train_py(comm: Comm, folder: str) -> Any:
+    trainer = Trainer(comm, Config(**TRAIN, optimizer_state="reset", output_dir=folder))
+    trainer.run()
+    return arrays(trainer.workers.owned(trainer.net.deal))
+
+
+def reset_by_own_loop(comm: Comm, folder: str) -> Any:
+    return own_loop(comm, folder, optimizer_state="reset")[2]
+
+
+def test_momentum_is_reset_where_train_py_resets_it(ranks: Ranks, tmp_path: Path) -> None:
+    (expected,) = ranks(reset_by_train_py, 1, str(tmp_path / "train"))
+    (found,) = ranks(reset_by_own_loop, 1, str(tmp_path / "own"))
+    for name, tensors in expected.items():
+        assert np.array_equal(found[name]["parameter"], tensors["parameter"]), name
+
+
+def used_again(comm: Comm, folder: str) -> list[str]:
+    """Three rounds, then a new job of one round in the same folder; what there is after each."""
+    there = []
+    for rounds in (3, 1):
+        api.Comm = lambda: comm  # type: ignore[assignment,misc]
+        comm.close = lambda: None  # type: ignore[method-assign]
+        options: dict[str, Any] = {"num_classes": 10, "workers": 1, "cpu_threads": 1, "output_dir": folder}
+        with ResIST("preact_resnet_small", **options) as resist:
+            for _ in range(rounds):
+                for _ in resist.workers():
+                    pass
+                resist.synchronise()
+                saved = resist.save()
+            assert saved.is_dir()
+        there.append(str(sorted(p.name for p in (Path(folder) / "checkpoints").iterdir())))
+    return there
+
+
+def test_a_new_job_in_a_used_folder_sets_the_old_checkpoints_aside(ranks: Ranks, tmp_path: Path) -> None:
+    (there,) = ranks(used_again, 1, str(tmp_path))
+    assert there == ["['round-000001', 'round-000002', 'round-000003']", "['round-000001']"]
+    assert len([*(tmp_path / "earlier-1" / "checkpoints").iterdir()]) == 3
+
+
+def spoilt(comm: Comm, folder: str) -> tuple[str, bool]:
+    """A worker that meets Inf; and whether the folder is free after a wrong call."""
+    api.Comm = lambda: comm  # type: ignore[assignment,misc]
+    comm.close = lambda: None  # type: ignore[method-assign]
+    for _ in range(2):  # the second call would find the folder taken
+        with pytest.raises(UserError, match="min_blocks 9 is more"):
+            ResIST("preact_resnet_small", num_classes=10, output_dir=folder, min_blocks=9)
+    with (
+        pytest.raises(RunError) as caught,
+        ResIST("preact_resnet_small", num_classes=10, output_dir=folder, workers=2) as resist,
+    ):
+        for worker in resist.workers():
+            if worker.index == 1:
+                with torch.no_grad():
+                    next(worker.module.parameters()).fill_(float("inf"))
+        resist.synchronise()
+    return str(caught.value), not (Path(folder) / "checkpoints").exists()
+
+
+def test_inf_is_never_averaged(ranks: Ranks, tmp_path: Path) -> None:
+    for said, nothing_saved in ranks(spoilt, 2, str(tmp_path)):
+        assert said.startswith("worker 1 met NaN or Inf in round 1: nothing of it was averaged")
+        assert nothing_saved
 
 
 def readme(comm: Comm, folder: Path) -> tuple[float, str]:

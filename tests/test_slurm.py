@@ -1,4 +1,4 @@
-"""ds_configs/slurm.sh as Slurm runs it, on one machine: `srun` and `scontrol` are a line of shell each."""
+"""ds_configs/slurm.sh as Slurm runs it, on one machine: Slurm's commands are a line of shell each."""
 
 import json
 import os
@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = PRESETS / "slurm.sh"
 OPTIONS = saved.OPTIONS | {"model": "preact_resnet_small", "rounds": 100_000, "eval_every": 0}
 STUBS = {
-    "srun": 'echo "srun $*" >> "$CALLS"; exec "$@"',
+    # The real one kills its step when it gets a SIGTERM.
+    "srun": 'echo "srun $*" >> "$CALLS"; "$@" & echo $! > "$CALLS.step"; trap "kill -KILL $!" TERM; wait $!',
+    "scancel": '[ "$*" = "--signal=TERM $SLURM_JOB_ID" ] && kill -TERM "$(cat "$CALLS.step")"',
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then echo localhost; echo other; fi',
 }
 
@@ -93,7 +95,8 @@ def test_only_a_job_that_the_limit_stopped_goes_back(
 ) -> None:
     """Not one that was done, and not one that ended with an error."""
     waits = "touch ready; while :; do sleep 0.1; done"
-    stubs = STUBS | {"srun": f"trap 'exit {code}' TERM; {waits if limit else f'exit {code}'}"}
+    step = f"trap 'exit {code}' TERM; echo $$ > $CALLS.step; {waits if limit else f'exit {code}'}"
+    stubs = STUBS | {"srun": step}
     for name, text in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)

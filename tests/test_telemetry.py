@@ -312,6 +312,40 @@ def test_the_first_lines_predict_memory_and_bytes(strategy: str, ranks: Ranks, t
     assert float(sent) == pytest.approx(expected.sent_round / 1e6, abs=0.051)
 
 
+def test_warm_up_rounds_count_in_the_predicted_memory(ranks: Ranks, tmp_path: Path) -> None:
+    peaks = []
+    for rounds in (0, 1):
+        options = OPTIONS | {
+            "output_dir": str(tmp_path),
+            "workers": 4,
+            "img_size": 32,
+            "warmup_rounds": rounds,
+        }
+        (text,) = ranks(opening, 1, options)
+        peaks.append(int(re.search(r"^predicted: (\d+) MiB", text, re.M)[1]))  # type: ignore[index]
+    assert peaks[1] > peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("runs/mine", "runs/mine"),
+        ("/data/photos", "…/photos"),
+        ("~/photos", "…/photos"),
+        ("~", "…"),
+        ("~somebody", "…"),
+        (str(Path.home()), "…"),
+        ("../..", "…"),
+        (f"../{Path.home().name}", "…"),
+        ("../photos", "…/photos"),
+        (3, 3),
+        (None, None),
+    ],
+)
+def test_what_others_may_see_of_an_option(typed: Any, told: Any) -> None:
+    assert report._shareable(typed) == told
+
+
 def opening_without_prediction(comm: Comm, options: dict[str, Any]) -> str:
     plan.expected = lambda *args: 1 / 0  # type: ignore[assignment]
     return opening(comm, options)
