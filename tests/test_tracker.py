@@ -61,12 +61,11 @@ def train_in(
         return train(comm, options) + warned.getvalue()
 
 
-def sync(folder: Path, place: Path, server: Server, *options: str) -> None:
+def sync(folder: Path, place: Path, server: Server) -> None:
     """`wandb sync`, as a user types it, with the server for wandb's."""
     command = [
         str(Path(sys.executable).with_name("wandb")),
         "sync",
-        *options,
         *map(str, (folder / "wandb").glob("*run-*")),
     ]
     variables = os.environ | alone(place, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
@@ -226,11 +225,7 @@ def test_a_server_that_hangs_at_the_end_delays_no_more_than_the_limit(ranks: Ran
         begun = time.monotonic()
         (printed,) = ranks(train_in, 1, options, environment, 20, 3)
         assert time.monotonic() - begun < 40  # else it waits for wandb, which waits for ever
-    assert "warning: wandb has not taken everything after 3 s; wandb sync --include-online " in printed
-    with serving() as later:
-        sync(folder, tmp_path, later, "--include-online")
-    (rows,) = (rows for rows in later.history().values() if rows)
-    same_figures(rows, folder)
+    assert f"warning: wandb has not taken everything after 3 s; {folder}/metrics.jsonl has it all" in printed
     assert records(folder)[-1]["kind"] == "summary"
 
 
