@@ -97,7 +97,7 @@ class Tracker:
         self._todo.put(None)
         self._thread.join(CLOSE)
         if self._thread.is_alive():
-            # wandb's own log may lack the end, too: its service has not written all and ends with this process.
+            # wandb's own log may lack the end, too: its service ends with this process.
             self._warn(
                 f"{self._config.log_with} has not taken everything after {CLOSE:g} s; "
                 f"{self._folder}/metrics.jsonl has it all"
