@@ -133,9 +133,11 @@ def spoilt(comm: Comm, folder: str) -> tuple[str, bool]:
     """A worker that meets Inf; and whether the folder is free after a wrong call."""
     api.Comm = lambda: comm  # type: ignore[assignment,misc]
     comm.close = lambda: None  # type: ignore[method-assign]
+    kept = []  # as a notebook keeps the last error, and with it what was half made
     for _ in range(2):  # the second call would find the folder taken
-        with pytest.raises(UserError, match="min_blocks 9 is more"):
+        with pytest.raises(UserError, match="min_blocks 9 is more") as wrong:
             ResIST("preact_resnet_small", num_classes=10, output_dir=folder, min_blocks=9)
+        kept.append(wrong)
     with (
         pytest.raises(RunError) as caught,
         ResIST("preact_resnet_small", num_classes=10, output_dir=folder, workers=2) as resist,

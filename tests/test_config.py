@@ -375,6 +375,15 @@ def test_presets(name):
     assert config.dataset == ("digits" if name == "demo" else name)
 
 
+def test_a_preset_is_found_by_its_name(tmp_path, monkeypatch):
+    """Wherever one stands, since an installed package has no ds_configs/ beside it; a file of that name wins."""
+    monkeypatch.chdir(tmp_path)
+    expected = parse(["--config", str(ROOT / "ds_configs" / "demo.yaml")])
+    assert parse(["--config", "demo"]) == parse(["--config", "ds_configs/demo.yaml"]) == expected
+    (tmp_path / "demo").write_text("lr: 0.7\n")
+    assert parse(["--config", "demo"]).lr == 0.7
+
+
 def test_every_preset_is_known_here():
     names = {path.stem for path in (ROOT / "ds_configs").glob("*.yaml")}
     launches = {"accelerate_cpu", "accelerate_one_node", "accelerate_two_nodes"}  # see test_multi_node.py
