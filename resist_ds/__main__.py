@@ -9,8 +9,8 @@ import sys
 import time
 from contextlib import suppress
 
-from .command_line import parse
-from .errors import RunError
+from resist_ds.errors import RunError
+from resist_ds.options.command_line import parse
 
 
 def main() -> None:
@@ -28,7 +28,9 @@ def main() -> None:
             time.sleep(10)
         sys.exit(error.exit_code)
 
-    from .trainer import main as train  # after parsing, so that --help and mistakes do not wait for torch
+    from resist_ds.trainer import (
+        main as train,  # after parsing, so that --help and mistakes do not wait for torch
+    )
 
     try:
         exit_code = train(config, parent)

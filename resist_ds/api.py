@@ -24,18 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from resist_ds.checkpoint import config_to_keep, folder_name
 from resist_ds.comm import Comm
-from resist_ds.config import Config
-from resist_ds.engine import TorchEngine
+from resist_ds.engines.engine import TorchEngine
+from resist_ds.engines.workers import Workers
 from resist_ds.errors import RunError, UserError
-from resist_ds.evaluate import Evaluation
-from resist_ds.folder import RunFolder
-from resist_ds.global_model import GlobalModel
-from resist_ds.models import Blueprint
-from resist_ds.partition import Layout
-from resist_ds.start import Start
-from resist_ds.workers import Workers
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.options.config import Config
+from resist_ds.protocol.evaluate import Evaluation
+from resist_ds.protocol.global_model import GlobalModel
+from resist_ds.protocol.partition import Layout
+from resist_ds.state.checkpoint import config_to_keep, folder_name
+from resist_ds.state.folder import RunFolder
+from resist_ds.state.start import Start
 
 OPTIONS = (  # those of train.py that mean something without its loop
     *("workers", "min_blocks", "warmup_rounds", "strategy", "optimizer_state", "transit_mib"),

@@ -14,27 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resist_ds import report
-from resist_ds.checkpoint import config_to_keep, folder_name
 from resist_ds.comm import Comm
-from resist_ds.config import Config
-from resist_ds.data import Data, download, load_data
-from resist_ds.deepspeed_config import resolved, scheduler_of
+from resist_ds.data.datasets import Data, download, load_data
+from resist_ds.data.order import Order, Position
+from resist_ds.engines.local import Tally, learning_rate, local_steps
+from resist_ds.engines.workers import Workers
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
-from resist_ds.evaluate import Evaluation, Result
-from resist_ds.folder import RunFolder
-from resist_ds.global_model import GlobalModel
-from resist_ds.local import Tally, learning_rate, local_steps
 from resist_ds.memory import one_line_when_out
-from resist_ds.models import Blueprint
-from resist_ds.order import Order, Position
-from resist_ds.partition import Layout
-from resist_ds.saver import Saved
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.subnet import Worker
+from resist_ds.options.config import Config
+from resist_ds.options.deepspeed_config import resolved, scheduler_of
+from resist_ds.protocol.evaluate import Evaluation, Result
+from resist_ds.protocol.global_model import GlobalModel
+from resist_ds.protocol.partition import Layout
 from resist_ds.signals import Signals
-from resist_ds.start import Start
-from resist_ds.subnet import Worker
-from resist_ds.telemetry import Meter, Telemetry
-from resist_ds.workers import Workers
+from resist_ds.state.checkpoint import config_to_keep, folder_name
+from resist_ds.state.folder import RunFolder
+from resist_ds.state.saver import Saved
+from resist_ds.state.start import Start
+from resist_ds.telemetry import report
+from resist_ds.telemetry.records import Meter, Telemetry
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -189,7 +189,7 @@ class Trainer:
         """Local step → learning rate, where a DeepSpeed file's scheduler decides."""
         if self._scheduler is None:
             return None
-        from resist_ds.parallel import deepspeed_schedule  # which imports much
+        from resist_ds.engines.parallel import deepspeed_schedule  # which imports much
 
         scheduler = resolved(self._scheduler, self.config, self._after(self.rounds - 1).step)
         return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)

@@ -19,12 +19,12 @@ from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from resist_ds.config import Config
-from resist_ds.data import Data, load_data
-from resist_ds.models import CIFAR_NETS, Blueprint
-from resist_ds.order import Order
-from resist_ds.partition import Partition, sample_partition
-from resist_ds.subnet import StateDict
+from resist_ds.data.datasets import Data, load_data
+from resist_ds.data.order import Order
+from resist_ds.nets.blueprint import CIFAR_NETS, Blueprint
+from resist_ds.nets.subnet import StateDict
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import Partition, sample_partition
 from resist_ds.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from resist_ds.comm import Comm
-from resist_ds.config import Config
+from resist_ds.options.config import Config
 from resist_ds.trainer import Trainer
-from tests import oracle, test_errors  # oracle registers the narrow nets
+from tests import oracle
+from tests.run import test_errors  # oracle registers the narrow nets
 
 OPTIONS: dict[str, Any] = {
     "dataset": "synthetic",  # 2,048 images

@@ -5,14 +5,15 @@ import importlib
 import sklearn.datasets  # noqa: F401
 import wandb  # noqa: F401
 
-import resist_ds.figures
+import resist_ds.telemetry.figures
 import resist_ds.trainer  # noqa: F401
-from resist_ds import comm, report
+from resist_ds import comm
+from resist_ds.telemetry import report
 
 comm.deepspeed_comm()
 for name in (  # after DeepSpeed's environment is set
-    "resist_ds.zero",
-    "resist_ds.fsdp",
+    "resist_ds.engines.zero",
+    "resist_ds.engines.fsdp",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which its engines import, and with it torch's inductor
 ):
     importlib.import_module(name)

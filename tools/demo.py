@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resist_ds.command_line import parse
 from resist_ds.errors import RunError
+from resist_ds.options.command_line import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = ROOT / "ds_configs" / "demo.yaml"

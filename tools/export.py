@@ -30,9 +30,9 @@ def main() -> int:
     )
     given = parser.parse_args()
 
-    from resist_ds.checkpoint import Checkpoint  # after parsing, so that --help does not wait for torch
     from resist_ds.errors import RunError
-    from resist_ds.export import export
+    from resist_ds.state.checkpoint import Checkpoint  # after parsing, so that --help does not wait for torch
+    from resist_ds.state.export import export
 
     try:
         checkpoint = Checkpoint.verified(given.checkpoint.expanduser())

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resist_ds.config import Config
 from resist_ds.errors import UserError
+from resist_ds.options.config import Config
 
 if TYPE_CHECKING:
-    from resist_ds.plan import Plan, Prediction
+    from resist_ds.forecast.plan import Plan, Prediction
 
 FOOTNOTES = """\
 All figures are predicted, for one rank with one worker. MiB are 2^20 bytes, MB 10^6; M millions, G 10^9.
@@ -108,8 +108,11 @@ def plan(given: argparse.Namespace) -> "Plan":
     config = Config(**{name: getattr(given, name) for name in (*shared, "mixed_precision")})
     Config(img_size=given.img_size, num_classes=given.num_classes)  # checks them
 
-    from resist_ds.models import CIFAR_NETS, Blueprint  # after parsing, so that a mistake answers at once
-    from resist_ds.plan import BANDWIDTHS, MEMORIES, SPEEDS, Plan, Question, quantity
+    from resist_ds.forecast.plan import BANDWIDTHS, MEMORIES, SPEEDS, Plan, Question, quantity
+    from resist_ds.nets.blueprint import (  # after parsing, so that a mistake answers at once
+        CIFAR_NETS,
+        Blueprint,
+    )
 
     img_size, classes = (32, 10) if given.model in CIFAR_NETS else (224, 1000)
     bandwidth = quantity("--bandwidth", given.bandwidth, BANDWIDTHS)
@@ -124,7 +127,7 @@ def plan(given: argparse.Namespace) -> "Plan":
 
 def render(plan: "Plan", given: argparse.Namespace) -> str:
     """All that is printed."""
-    from resist_ds.plan import DEALS
+    from resist_ds.forecast.plan import DEALS
 
     question, config = plan.question, plan.question.config
     blueprint = question.blueprint
@@ -174,7 +177,7 @@ def record(plan: "Plan", given: argparse.Namespace) -> dict[str, Any]:
 
 def row(prediction: "Prediction") -> dict[str, Any]:
     """A prediction with its unit in each name."""
-    from resist_ds.plan import BY_FORMULA
+    from resist_ds.forecast.plan import BY_FORMULA
 
     plain = (
         "strategy",
@@ -196,7 +199,7 @@ def row(prediction: "Prediction") -> dict[str, Any]:
 
 
 def _table(predictions: "list[Prediction]") -> str:
-    from resist_ds.plan import BY_FORMULA
+    from resist_ds.forecast.plan import BY_FORMULA
 
     timed = predictions[0].computation is not None
     head = ["strategy", "W", "K", "params", "weights", "grads", "optim", "activ", "step", "sync", "peak"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resist_ds.figures import pictures, read
+from resist_ds.telemetry.figures import pictures, read
 
 
 def main() -> int:

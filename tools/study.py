@@ -26,9 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resist_ds.command_line import parse
 from resist_ds.errors import UserError
-from resist_ds.figures import read
+from resist_ds.options.command_line import parse
+from resist_ds.telemetry.figures import read
 
 ROOT = Path(__file__).resolve().parent.parent
 # A narrow net with a deep section 3 (P = 8), small enough for a CPU. One peak rate for all: none was tuned.
@@ -159,8 +159,8 @@ def run_all(given: argparse.Namespace, others: list[str]) -> None:
 
 def slots_of(model: str, workers: int) -> int:
     """K of `resist` with so many workers."""
-    from resist_ds.models import Blueprint
-    from resist_ds.partition import slots_for
+    from resist_ds.nets.blueprint import Blueprint
+    from resist_ds.protocol.partition import slots_for
 
     return slots_for(workers, Blueprint(model, num_classes=10).pool, 0)
 

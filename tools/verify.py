@@ -17,8 +17,8 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the folder of a checkpoint")
     folder: Path = parser.parse_args().checkpoint
 
-    from resist_ds.checkpoint import Checkpoint  # after parsing, so that --help does not wait for torch
     from resist_ds.errors import RunError
+    from resist_ds.state.checkpoint import Checkpoint  # after parsing, so that --help does not wait for torch
 
     try:
         checkpoint = Checkpoint.verified(folder.expanduser())

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from resist_ds.command_line import parse
-from resist_ds.config import Config
 from resist_ds.errors import UserError
-from resist_ds.strategy import STRATEGIES
+from resist_ds.options.command_line import parse
+from resist_ds.options.config import Config
+from resist_ds.options.strategy import STRATEGIES
 from tools.benchmark import link
 
 PARTS = ("local", "sync", "save")  # of the machinery

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from resist_ds.comm import Comm
-from resist_ds.config import Config
 from resist_ds.errors import RunError, Stopped, UserError
+from resist_ds.options.config import Config
 from tools.benchmark import counted, limits, link, ranks
 from tools.benchmark.asked import ONCE_A_ROUND, of_strategy
 

@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from resist_ds.comm import Comm
-from resist_ds.config import Config
-from resist_ds.models import Blueprint, Shapes
-from resist_ds.partition import Layout, elements_sent, sample_partition, slots_for
-from resist_ds.subnet import OptimizerState
+from resist_ds.nets.blueprint import Blueprint, Shapes
+from resist_ds.nets.subnet import OptimizerState
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import Layout, elements_sent, sample_partition, slots_for
 
 CLASSES = 10  # of the synthetic data
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from resist_ds.comm import Comm
-from resist_ds.config import Config
-from resist_ds.engine import autocast
-from resist_ds.local import local_steps
-from resist_ds.models import Blueprint
-from resist_ds.partition import Layout, sample_partition
-from resist_ds.subnet import optimizer_of
-from resist_ds.sync import Synchroniser
+from resist_ds.engines.engine import autocast
+from resist_ds.engines.local import local_steps
+from resist_ds.engines.workers import Workers
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.subnet import optimizer_of
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import Layout, sample_partition
+from resist_ds.protocol.sync import Synchroniser
 from resist_ds.trainer import Trainer
-from resist_ds.workers import Workers
 from tools.benchmark.counted import CLASSES
 
 STEPS = 20  # of a bare loop at most, after three that do not count

@@ -23,12 +23,12 @@ import torch.distributed
 from torch import Tensor
 
 from resist_ds.comm import Comm
-from resist_ds.config import Config
-from resist_ds.local import local_steps
-from resist_ds.models import Blueprint
-from resist_ds.partition import Layout, sample_partition
+from resist_ds.engines.local import local_steps
+from resist_ds.engines.workers import Workers
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import Layout, sample_partition
 from resist_ds.trainer import Trainer
-from resist_ds.workers import Workers
 from tools.benchmark import ranks
 from tools.benchmark.counted import CLASSES
 from tools.benchmark.limits import Exchange, bare_loop, images

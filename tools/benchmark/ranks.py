@@ -54,7 +54,7 @@ class Network(Protocol):
 def warm() -> None:
     """Import what a rank needs; some seconds."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not open it
-    for name in ("resist_ds.trainer", "resist_ds.parallel", "torch.distributed._tools.mem_tracker"):
+    for name in ("resist_ds.trainer", "resist_ds.engines.parallel", "torch.distributed._tools.mem_tracker"):
         importlib.import_module(name)
     from resist_ds import comm
 

@@ -1,0 +1,349 @@
+"""Data sets: `load_data` reads one, and `Data` delivers its images as normalised batches on the device.
+
+Which samples make a batch is decided elsewhere (order.py): here a *schedule* of (epoch, sample indices) goes
+in, and batches come out in that order. Images wait on the host as bytes, decoded in memory where they fit and
+otherwise decoded on the way by loader processes. Augmentation depends on (seed, epoch, sample) alone, so a
+sample looks the same in whatever batch, worker, rank or loader process it comes.
+
+Nothing here communicates or writes files, except `download`; several ranks may load at once.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resist_ds.data.images import SMALL, Decode, InMemory, OnDisk, Schedule, Source, decoded, reason
+from resist_ds.data.order import Purpose, crop_and_flip, keyed_hash
+from resist_ds.errors import RunError, UserError
+from resist_ds.options.config import Config
+
+# ------------------------------------------------------------------------------------------------------------
+# Delivery: from bytes on the host to normalised batches on the device.
+
+# Mean and standard deviation of the red, green and blue pixels, scaled to 0 … 1.
+_MEAN_STD = {
+    "digits": ((0.3046,) * 3, (0.3233,) * 3),  # computed over the training images at 32×32
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's, for want of better ones
+    "synthetic": ((0.507, 0.501, 0.505), (0.229, 0.230, 0.228)),  # computed likewise
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test set, delivered as float [B, 3, S, S] images and int64 [B] labels on a device.
+
+    Images are normalised, of dtype float32 or float64, contiguous or channels_last. The float32 values are
+    exactly the float64 ones, rounded. Errors: RunError with the path of an image that cannot be read.
+    """
+
+    name: str
+    num_classes: int  # of the classifier: at least as many as the data set has
+    img_size: int  # S
+    train: Source
+    plain_train: Source  # the training images without what `train` does at random
+    test: Source
+    augment: Callable[[Tensor, int, np.ndarray], Tensor] | None  # see pad_crop_flip; None: not on the device
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        return len(self.train.labels)
+
+    @property
+    def test_size(self) -> int:
+        """Number of test images."""
+        return len(self.test.labels)
+
+    def train_batches(
+        self, schedule: Schedule, device: torch.device, dtype: torch.dtype, channels_last: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of the scheduled training samples, augmented unless --augment false.
+
+        Call it once for a whole run: an iterator over image files owns its loader processes, which read the
+        schedule a few batches ahead.
+        """
+        finish = _Finish(self.name, device, dtype, channels_last)
+        for batch in self.train.stream(schedule, pin=device.type == "cuda"):
+            images = batch.images.to(device, non_blocking=True)
+            if self.augment is not None:
+                images = self.augment(images, batch.epoch, batch.samples)
+            yield finish(images), batch.labels.to(device, non_blocking=True)
+
+    def test_batches(
+        self, batches: Iterable[np.ndarray], device: torch.device, dtype: torch.dtype, channels_last: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of the test samples with the given indices, batch by batch."""
+        return self._plain_batches(self.test, batches, device, dtype, channels_last)
+
+    def train_images(
+        self, indices: np.ndarray, device: torch.device, dtype: torch.dtype, channels_last: bool
+    ) -> Tensor:
+        """The training images [len(indices), 3, S, S] without augmentation: what calibrates BatchNorm."""
+        parts = np.array_split(indices, -(-len(indices) // 32) or 1)  # so that all loader processes have work
+        images = [x for x, _ in self._plain_batches(self.plain_train, parts, device, dtype, channels_last)]
+        return torch.cat(images)
+
+    def _plain_batches(
+        self,
+        source: Source,
+        batches: Iterable[np.ndarray],
+        device: torch.device,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        finish = _Finish(self.name, device, dtype, channels_last)
+        for batch in source.stream(((0, indices) for indices in batches), pin=device.type == "cuda"):
+            yield (
+                finish(batch.images.to(device, non_blocking=True)),
+                batch.labels.to(device, non_blocking=True),
+            )
+
+
+class _Finish:
+    """uint8 images [B, 3, S, S] on the device → normalised ones, through a table of the 3 × 256 values.
+
+    A table, because its entries are rounded once, from float64: arithmetic on the device may or may not fuse
+    the product and the sum, and then results differ between devices and dtypes by more than their rounding.
+    """
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
+        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None] for values in _MEAN_STD[name])
+        self.table = ((torch.arange(256, dtype=torch.float64) / 255 - mean) / std).flatten().to(device, dtype)
+        self.rows = (torch.arange(3, dtype=torch.int32, device=device) * 256).view(3, 1, 1)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        values = self.table.index_select(0, (images.int() + self.rows).flatten()).view(images.shape)
+        return values.contiguous(memory_format=self.memory_format)
+
+
+def pad_crop_flip(images: Tensor, epoch: int, samples: np.ndarray, *, seed: int, flip: bool) -> Tensor:
+    """Pads images uint8 [B, 3, S, S] by S // 8 black pixels, cuts S×S out again and mirrors half of them.
+
+    `flip=False` leaves out the mirroring. One gather on the images' device; order.crop_and_flip has decided.
+    """
+    size = images.shape[-1]
+    pad = size // 8
+    choices = np.stack(crop_and_flip(seed, epoch, samples, pad))
+    tops, lefts, flips = torch.from_numpy(choices).to(images.device, non_blocking=True)[:, :, None]
+    inside = torch.arange(size, device=images.device)
+    columns = lefts + torch.where((flips == 1) & flip, size - 1 - inside, inside)
+    padded = F.pad(images, (pad, pad, pad, pad)).flatten(2)
+    pixels = (tops + inside)[:, :, None] * (size + 2 * pad) + columns[:, None, :]  # [B, S, S]: places in it
+    return padded.gather(2, pixels.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data sets.
+
+
+def load_data(config: Config) -> Data:
+    """Reads the data set that the options name. Touches no network: see `download`.
+
+    Errors: UserError for a missing or half-present folder, or classes that do not fit; RunError with its path
+    for an image that cannot be read (found here or, where images stay in their files, while training).
+    """
+    name = config.dataset
+    size = config.img_size or (224 if name in ("imagenet", "imagefolder") else 32)
+    train: Source
+    test: Source
+    if name in ("imagenet", "imagefolder"):
+        train, test, num_classes = _image_folders(config, size)
+    elif name == "digits":
+        num_classes = _num_classes(config, 10)
+        train, test = _digits(size)
+    elif name == "synthetic":
+        num_classes = config.num_classes or 10
+        train, test = _synthetic(0, 2048, num_classes, size), _synthetic(2048, 512, num_classes, size)
+    else:
+        train, test, num_classes = _cifar(config, size)
+
+    plain_train, augment = train, None
+    if config.augment and isinstance(train, OnDisk) and size > SMALL:
+        train = OnDisk(train.paths, train.labels, Decode(size, config.seed), train.processes)
+    elif config.augment:
+        # No flip for digits: a mirrored digit is another sign, or none.
+        augment = partial(pad_crop_flip, seed=config.seed, flip=name != "digits")
+    return Data(name, num_classes, size, train, plain_train, test, augment)
+
+
+def _num_classes(config: Config, classes: int) -> int:
+    """Outputs of the classifier for a data set of so many classes."""
+    if config.num_classes is not None and config.num_classes < classes:
+        raise UserError(
+            f"--num_classes {config.num_classes} is too few: {config.dataset} has {classes} classes; type "
+            f"--num_classes {classes}, or leave it out"
+        )
+    return config.num_classes or classes
+
+
+def _digits(size: int) -> tuple[InMemory, InMemory]:
+    """1,437 training and 360 test images of scikit-learn's 1,797 digits, scaled up from 8×8 grey."""
+    from sklearn.datasets import load_digits  # a second of imports that no other data set needs
+
+    raw, labels = load_digits(return_X_y=True)
+    grey = torch.from_numpy(raw).view(-1, 1, 8, 8) * (255 / 16)
+    images = _resize(grey, size).expand(-1, 3, -1, -1)
+    # The same split whatever the seed: 36 test images of each class, so results of all runs compare.
+    shuffled = np.argsort(keyed_hash((Purpose.DIGITS_SPLIT,), np.arange(len(labels))))
+    test = np.sort(np.concatenate([shuffled[labels[shuffled] == digit][:36] for digit in range(10)]))
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    targets = torch.from_numpy(labels).long()
+    return InMemory(images[train], targets[train]), InMemory(images[test], targets[test])
+
+
+def _synthetic(first: int, count: int, classes: int, size: int) -> InMemory:
+    """Samples `first` … `first + count - 1` of an endless set: a coarse pattern per class under noise."""
+    pattern = _keyed_bytes(Purpose.SYNTHETIC_PATTERN, np.arange(classes), 3 * 4 * 4).reshape(-1, 3, 4, 4)
+    cell = np.arange(size) * 4 // size
+    pattern = pattern[:, :, cell[:, None], cell]
+    images = np.empty((count, 3, size, size), np.uint8)
+    labels = np.arange(first, first + count) % classes
+    for start in range(0, count, 64):  # in pieces, since the hashes behind a byte take many times its memory
+        part = slice(start, min(start + 64, count))
+        samples = np.arange(first + part.start, first + part.stop)
+        noise = _keyed_bytes(Purpose.SYNTHETIC_NOISE, samples, images[0].size).reshape(images[part].shape)
+        images[part] = (pattern[labels[part]].astype(np.uint16) + 3 * noise.astype(np.uint16)) // 4
+    return InMemory(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def _keyed_bytes(purpose: Purpose, items: np.ndarray, count: int) -> np.ndarray:
+    """Uniform uint8 [len(items), count], each row decided by its item."""
+    words = -(-count // 8)
+    hashes = keyed_hash((purpose,), items[:, None] * words + np.arange(words))
+    return hashes.astype("<u8").view(np.uint8)[:, :count]
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """Images [N, C, H, W] of pixel values 0 … 255, of any type → uint8 [N, C, size, size], bilinear."""
+    if images.shape[-2:] == (size, size):
+        return images.to(torch.uint8)
+    scaled = [
+        F.interpolate(part.double(), (size, size), mode="bilinear", antialias=True)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+        for part in images.split(1024)  # float64 copies take much memory
+    ]
+    return torch.cat(scaled)
+
+
+def _cifar(config: Config, size: int) -> tuple[InMemory, InMemory, int]:
+    dataset, root, folder = _cifar_place(config)
+    if not folder.is_dir():
+        raise UserError(
+            f"{config.dataset} is not in {root} (no folder {folder.name}): type --download to fetch it, or "
+            "another --data_dir"
+        )
+    try:
+        parts = [dataset(root, train=train, download=False) for train in (True, False)]
+    except (RuntimeError, OSError):
+        raise UserError(f"{folder} is incomplete or damaged: type --download to fetch it again") from None
+    train, test = (
+        InMemory(
+            _resize(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), size),
+            torch.tensor(part.targets),
+        )
+        for part in parts
+    )
+    return train, test, _num_classes(config, len(parts[0].classes))
+
+
+def _cifar_place(config: Config) -> tuple[Any, Path, Path]:
+    """torchvision's class, the root folder for it, and the folder of files that it expects there."""
+    from torchvision.datasets import CIFAR10, CIFAR100  # slow to import
+
+    dataset = CIFAR10 if config.dataset == "cifar10" else CIFAR100
+    root = _data_dir(config)
+    return dataset, root, root / dataset.base_folder
+
+
+def download(config: Config) -> None:
+    """With --download, fetches cifar10 or cifar100 into --data_dir unless it is there already.
+
+    It does not communicate, but it writes: call it on one rank per machine, and let the others wait for that
+    before they call `load_data`.
+    Errors: RunError if the network or the disk does not give it.
+    """
+    if not config.download:
+        return
+    dataset, root, _ = _cifar_place(config)
+    try:
+        dataset(root, train=True, download=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise RunError(f"could not download {config.dataset} into {root}: {reason(error)}") from None
+
+
+def _data_dir(config: Config) -> Path:
+    assert config.data_dir is not None  # Config sees to it
+    return Path(config.data_dir).expanduser()
+
+
+def _image_folders(config: Config, size: int) -> tuple[Source, Source, int]:
+    root = _data_dir(config)
+    if not root.is_dir():
+        raise UserError(f"--data_dir {root}: no such folder")
+    train_folder = root / "train"
+    test_folder = next((root / x for x in ("val", "valid", "test") if (root / x).is_dir()), root / "val")
+    for folder in (train_folder, test_folder):
+        if not folder.is_dir():
+            raise UserError(
+                f"--data_dir {root} has no {folder.name} folder: it must hold train/ and val/ (or test/), "
+                "each with one folder of images per class"
+            )
+    train_files, train_classes = _class_folders(train_folder)
+    test_files, test_classes = _class_folders(test_folder)
+    for here, there, classes in (
+        (train_folder, test_folder, set(test_classes) - set(train_classes)),
+        (test_folder, train_folder, set(train_classes) - set(test_classes)),
+    ):
+        if classes:
+            raise UserError(f"{here} lacks class folders that {there} has: {_some(sorted(classes))}")
+    num_classes = _num_classes(config, len(train_classes))
+    decode = Decode(size)
+    train: Source
+    test: Source
+    decoded_bytes = (len(train_files) + len(test_files)) * 3 * size * size
+    if size <= SMALL and decoded_bytes <= config.cache_mib * 2**20:
+        train, test = (decoded(files, decode, config.data_workers) for files in (train_files, test_files))
+    else:
+        # More processes than cores get in each other's way, and torch warns of them.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = min(config.data_workers, cores)
+        train, test = (
+            OnDisk(
+                [path for path, _ in files], torch.tensor([label for _, label in files]), decode, processes
+            )
+            for files in (train_files, test_files)
+        )
+    return train, test, num_classes
+
+
+def _class_folders(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """All (path, label) below a folder of class folders, sorted by them, and the names of the classes."""
+    from torchvision.datasets import ImageFolder  # slow to import
+
+    try:
+        found = ImageFolder(str(folder), allow_empty=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used: {reason(error)}") from None
+    filled = {label for _, label in found.samples}
+    empty = [name for name, label in found.class_to_idx.items() if label not in filled]
+    if empty:
+        raise UserError(f"{folder} has class folders without images: {_some(empty)}")
+    return found.samples, found.classes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,214 @@
+"""The workers that one rank plays: their states, and the one engine in which they take turns.
+
+A rank that plays one worker has that worker's state on the device for good. A rank that plays several
+keeps the idle ones in host memory (pinned when a GPU is used), so that the device never holds more
+than one sub-ResNet's training state; trained bits are the same either way. A DeepSpeed engine keeps masters
+of its own, so there every worker's vector is in host memory.
+
+Under `--on_nan skip` a worker's state at the start of the round stays in host memory until its local
+steps have turned out well: an idle worker's is there anyway, a lone worker's is copied.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resist_ds.comm import Comm
+from resist_ds.engines.engine import Engine, RandomDepth, TorchEngine
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.initial import Initialisation, Piece, Source
+from resist_ds.nets.subnet import StateDict, StateLayout, Subnet, Worker
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import Layout, Partition, spread
+
+
+class Workers:
+    """This rank's workers, at their initial state in the slots of `deal`.
+
+    Args:
+        source: of the initial values; default: timm's initialisation under the run's seed.
+        steps: local steps that the run has already done.
+
+    Attributes:
+        engine: that they take turns in.
+        copies: bytes of host memory for round-start copies that exist for nothing else.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        layout: Layout,
+        blueprint: Blueprint,
+        config: Config,
+        deal: Partition,
+        source: Source | None = None,
+        steps: int = 0,
+    ):
+        self._comm = comm
+        self._blueprint = blueprint
+        self._config = config
+        self._number = layout.workers
+        self._steps = steps
+        mine = layout.workers_of(comm.rank)
+        self._prepare(deal.slots)
+        fp16 = config.mixed_precision == "fp16"
+        self._workers = [
+            Worker(w, self._room(alone=len(mine) == 1), torch.amp.GradScaler(comm.device.type, enabled=fp16))
+            for w in mine
+        ]
+        source = source or Initialisation(blueprint, config.seed)
+        for worker in self._workers:
+            self._fill(worker.vector, deal.blocks[worker.index], source)
+        self._round_start: Tensor | None = None
+        if config.on_nan == "skip" and self._workers[0].vector is self._in_place:
+            self._round_start = self._room(alone=False)
+
+    @property
+    def copies(self) -> int:
+        return 0 if self._round_start is None else self._round_start.nbytes
+
+    @property
+    def subnet(self) -> Subnet:
+        """The net of torch's own engine."""
+        assert isinstance(self.engine, TorchEngine)
+        return self.engine.subnet
+
+    @property
+    def vectors(self) -> dict[int, Tensor]:
+        """State vector of each of this rank's workers."""
+        return {worker.index: worker.vector for worker in self._workers}
+
+    def connect(self) -> None:
+        """Under ddp, put torch's DistributedDataParallel around the net. Collective: all ranks."""
+        if self._config.way.lockstep:
+            assert isinstance(self.engine, TorchEngine)
+            from resist_ds.engines.parallel import (
+                data_parallel,  # which imports much that the others do not need
+            )
+
+            self.engine.forward = data_parallel(self._comm, self.engine.forward)
+
+    def turns(self) -> Iterator[Worker]:
+        """Every worker in turn, its state in the engine for as long; a spoilt one's is as before."""
+        for worker in self._workers:
+            worker.spoilt = False
+            self.engine.load(worker)
+            if self._round_start is not None:
+                self._round_start.copy_(worker.vector)
+            yield worker
+            if not worker.spoilt:
+                self.engine.store(worker)
+            elif self._round_start is not None:
+                worker.vector.copy_(self._round_start)
+
+    @property
+    def loss_scales(self) -> dict[int, dict[str, Any]]:
+        """State of each worker's loss scaler; empty unless fp16 is used."""
+        return {w.index: w.scaler.state_dict() for w in self._workers if w.scaler.is_enabled()}
+
+    def set_loss_scales(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on with the loss scales of a run; if it had another number of workers, with its smallest."""
+        least = min(states, key=lambda state: state["scale"])
+        for worker in self._workers:
+            same = len(states) == self._number
+            worker.scaler.load_state_dict(states[worker.index] if same else least)
+
+    def reset_optimizer(self) -> None:
+        """Forget momentum, as the release does at every re-partition (`--optimizer_state reset`)."""
+        for vector in self.vectors.values():
+            self.layout.reset_optimizer(vector)
+
+    def for_evaluation(self, deal: Partition) -> tuple[Subnet, dict[int, Tensor]]:
+        """A sub-ResNet with the shared part, which all workers hold alike after a hand-off; their vectors."""
+        first = self._workers[0].vector
+        if isinstance(self.engine, TorchEngine):
+            if first is not self.subnet.vector:
+                self.subnet.vector.copy_(first)
+            return self.subnet, self.vectors
+        alone = {worker: self.layout.only_parameters(vector) for worker, vector in self.vectors.items()}
+        on_device = next(iter(alone.values())).to(self._comm.device)
+        layout = self.layout.without_state()
+        return Subnet(self._blueprint, layout, self._config, self._comm.device, on_device), alone
+
+    def resize(self, slots: int) -> None:
+        """Go on with fewer slots, when warm-up ends: the first ones of each state are kept."""
+        alone = self._workers[0].vector is self._in_place
+        kept = [worker.vector[: self.layout.slot_offset(slots)].clone() for worker in self._workers]
+        self._prepare(slots)
+        for worker, values in zip(self._workers, kept, strict=True):
+            worker.vector = self._room(alone)
+            worker.vector.copy_(values)
+        if self._round_start is not None:
+            self._round_start = self._room(alone=False)
+
+    def owned(self, deal: Partition) -> StateDict:
+        """The partitioned state dict: what this rank's workers own, as views, by timm's names."""
+        return owned(self._blueprint, self.layout, self.vectors, deal)
+
+    def _prepare(self, slots: int) -> None:
+        """Make the engine for workers of so many slots."""
+        config, blueprint, comm = self._config, self._blueprint, self._comm
+        self.layout = StateLayout.of(blueprint, config, slots)
+        self._in_place: Tensor | None = None
+        if config.deepspeed_config is not None:
+            from resist_ds.engines.zero import ZeroEngine  # which takes seconds to import
+
+            self.engine: Engine = ZeroEngine(comm, blueprint, config, self.layout)
+            return
+        subnet = Subnet(blueprint, self.layout, config, comm.device)
+        self._in_place = subnet.vector
+        if config.strategy == "stochastic_depth":
+            blocks = [
+                subnet.module.get_submodule(blueprint.block_prefix(b).rstrip(".")) for b in range(slots)
+            ]
+            self.engine = RandomDepth(subnet, config, blocks, config.min_blocks, self._steps)
+        else:
+            self.engine = TorchEngine(subnet, config)
+
+    def _room(self, alone: bool) -> Tensor:
+        """Where a worker's state lives: in the sub-ResNet itself, or in host memory."""
+        if alone and self._in_place is not None:
+            return self._in_place
+        dtype = getattr(torch, self._config.dtype)
+        return torch.zeros(self.layout.numel, dtype=dtype, pin_memory=self._comm.device.type == "cuda")
+
+    def _fill(self, vector: Tensor, blocks: tuple[int, ...], source: Source) -> None:
+        layout = self.layout
+        _copy(source.shared(), layout.shared.tensors(layout.shared_part(vector)))
+        for slot, block in enumerate(blocks):
+            _copy(source.block(block), layout.block.tensors(layout.slot_part(vector, slot)))
+
+
+def owned(
+    blueprint: Blueprint, layout: StateLayout, vectors: Mapping[int, Tensor], deal: Partition
+) -> StateDict:
+    """What some workers own of the global model, as views of their vectors, by timm's names.
+
+    A pool block belongs to its owner, and the shared tensors, which all workers hold, are spread so
+    that all own about as much; every tensor of the global model is named on exactly one rank.
+    """
+    state: StateDict = {}
+    shared, block = layout.shared, layout.block
+    loads = [deal.owners.count(worker) * block.parameters for worker in range(deal.workers)]
+    owner = spread({name: math.prod(shape) for name, shape in shared.shapes}, loads)
+    for worker, vector in vectors.items():
+        tensors = shared.tensors(layout.shared_part(vector))
+        state |= {name: t for name, t in tensors.items() if owner[name] == worker}
+        for slot, b in enumerate(deal.blocks[worker]):
+            if deal.owners[b] == worker:
+                tensors = block.tensors(layout.slot_part(vector, slot))
+                state |= {blueprint.block_prefix(b) + name: t for name, t in tensors.items()}
+    return state
+
+
+def _copy(piece: Piece, views: StateDict) -> None:
+    """Fill a piece's views; optimizer state that the source lacks stays zero."""
+    filled = set()
+    for name, tensors in piece:
+        filled.add(name)
+        for kind in tensors.keys() & views[name].keys():
+            views[name][kind].copy_(tensors[kind])
+    assert filled == views.keys()

@@ -1,0 +1,348 @@
+"""Every option of a run: its name, type, default, meaning and limits.
+
+`Config` is the one place where an option is declared; `--help`, the YAML files and the command line
+(command_line.py) are all read off its fields. Imports neither torch nor timm, so that a mistake is answered
+at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from resist_ds.errors import UserError
+from resist_ds.options.deepspeed_config import check as check_deepspeed
+from resist_ds.options.strategy import STRATEGIES, Strategy
+
+T = TypeVar("T")
+
+
+def _option(
+    default: T | Callable[[], T],
+    doc: str,
+    *,
+    low: float = 0,
+    below: float = math.inf,
+    group: str = "",
+    free: bool = False,
+) -> T:
+    """A field and its help. A number must lie in [low, below); `group` opens a section of `--help`.
+
+    `free`: it does not shape what is trained, so a resumed run may have another value.
+    """
+    metadata = {"doc": doc, "low": low, "below": below, "group": group, "free": free}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _precision_of_launcher() -> Any:
+    """`accelerate launch --mixed_precision bf16` arrives as a variable; `Config` checks what is in it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run, checked. Raises `UserError` with one line where a value cannot be meant."""
+
+    model: str = _option(
+        "preact_resnet_small",
+        "A ResNet of timm (resnetv2_{18,34,50,101,152}, resnet{50,101,152}) or one of the paper's CIFAR nets "
+        "(preact_resnet_small, preact_resnet{101,152,200}).",
+        group="Model",
+    )
+    num_classes: int | None = _option(None, "Outputs of the classifier; null: the data set's.", low=1)
+    from_pretrained: str | None = _option(
+        None,
+        "safetensors file of timm weights to start from; a head of another size starts anew.",
+        free=True,
+    )
+
+    dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic"] = _option(
+        "digits",
+        "digits comes with a package; imagenet, imagefolder: train/ and val/ (or test/) of class folders.",
+        group="Data",
+    )
+    data_dir: str | None = _option(
+        None, "Folder of the data set; required by all but digits and synthetic.", free=True
+    )
+    download: bool = _option(False, "Allow fetching cifar10 or cifar100 into data_dir.", free=True)
+    img_size: int | None = _option(
+        None, "Side of the square images in pixels; null: 224 for imagenet and imagefolder, else 32.", low=1
+    )
+    augment: bool = _option(True, "Random crop, and horizontal flip where the data set allows it.")
+    data_workers: int = _option(
+        4, "Processes per rank that decode image folders which do not fit in memory.", free=True
+    )
+    cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
+
+    strategy: Literal["resist", "local_sgd", "stochastic_depth", "ddp", "fsdp", "zero1", "zero2", "zero3"] = (
+        _option(
+            "resist",
+            "resist, or a baseline: local_sgd (the full net on every worker, averaged after each round), "
+            "stochastic_depth (one worker, of whose pool min_blocks random blocks run in a step), ddp, "
+            "fsdp (FSDP2), zero1, zero2, zero3 (DeepSpeed).",
+            group="Protocol",
+        )
+    )
+    deepspeed_config: str | None = _option(
+        None,
+        "DeepSpeed's JSON file. With resist: each sub-ResNet in an engine of its own; null with zero1-3: "
+        "ds_configs/zero1.json and so on.",
+        free=True,
+    )
+    workers: int | None = _option(
+        None,
+        "W, the number of sub-ResNets; null: one per rank, or 4 on one rank.",
+        low=1,
+        free=True,
+    )
+    local_steps: int = _option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
+    min_blocks: int = _option(0, "Every sub-ResNet holds at least so many pool blocks.")
+    warmup_rounds: int = _option(
+        0, "First rounds done as local SGD. In these each worker holds the FULL model, with its memory."
+    )
+    optimizer_state: Literal["travel", "reset"] = _option(
+        "travel", "Momentum travels with its block and is averaged like it, or starts anew every round."
+    )
+    transit_mib: int = _option(
+        64,
+        "Device memory (MiB) for blocks on their way in a synchronisation; one block at least.",
+        low=1,
+        free=True,
+    )
+
+    batch_size: int = _option(128, "Images per worker and local step.", group="Training", low=1)
+    accumulation_steps: int = _option(1, "Equal micro-batches that a local step's batch is cut into.", low=1)
+    epochs: float = _option(
+        160.0, "Passes over the training set by all workers together, rounded up to whole rounds."
+    )
+    rounds: int | None = _option(None, "Number of rounds; wins over epochs.", low=1)
+    optimizer: Literal["sgd", "adamw"] = _option("sgd", "Optimizer of the local steps.")
+    lr: float = _option(0.01, "Peak learning rate.")
+    momentum: float = _option(0.9, "Momentum of SGD.", below=1)
+    nesterov: bool = _option(False, "Nesterov's form of the momentum (SGD).")
+    weight_decay: float = _option(5e-4, "Weight decay, on every parameter as in the paper.")
+    label_smoothing: float = _option(0.0, "Label smoothing of the training loss.", below=1)
+    clip_grad: float = _option(0.0, "Largest gradient norm of a sub-ResNet; 0: no clipping.")
+    schedule: Literal["step", "cosine", "constant", "deepspeed"] = _option(
+        "step",
+        "Learning rate over the run; step: divided by 10 at 50 % and again at 75 % of training; deepspeed: "
+        "the scheduler in --deepspeed_config.",
+    )
+    lr_warmup_steps: int = _option(0, "Local steps of linear warm-up of the learning rate.")
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = _option(
+        _precision_of_launcher,
+        "Autocast; accelerate launch's --mixed_precision is the default.",
+        group="Device",
+    )
+    dtype: Literal["float32", "float64"] = _option(
+        "float32", "Of the weights; float64 is for checking a run against a simulation."
+    )
+    channels_last: bool = _option(
+        False, "Channels-last memory format (faster convolutions on GPUs).", free=True
+    )
+    compile: bool = _option(False, "torch.compile the sub-ResNet.", free=True)
+    activation_checkpointing: bool = _option(
+        False,
+        "Recompute activations in the backward pass: less memory, about a third more compute.",
+        free=True,
+    )
+    cpu_threads: int = _option(
+        0,
+        "CPU threads per rank; 0: the cores divided among the machine's ranks. A fixed number makes CPU "
+        "results independent of the number of ranks.",
+        free=True,
+    )
+
+    eval_every: int = _option(
+        10, "Rounds between evaluations; 0: only at the end.", group="Evaluation", free=True
+    )
+    eval_batch_size: int | None = _option(
+        None, "Images per forward pass; null: batch_size.", low=1, free=True
+    )
+    eval_memory: int | None = _option(
+        None,
+        "MiB per rank for test activations that wait for the next block; null: what training has left.",
+        low=1,
+        free=True,
+    )
+    calibration_samples: int = _option(
+        1024, "Training images that set BatchNorm's statistics.", low=1, free=True
+    )
+
+    checkpoint_every: int | None = _option(
+        None,
+        "Rounds between checkpoints; null: once an epoch, or by checkpoint_minutes; 0: only at the end.",
+        group="Checkpoints",
+        free=True,
+    )
+    checkpoint_minutes: float | None = _option(None, "Minutes between checkpoints.", free=True)
+    keep: int = _option(3, "Checkpoints that stay in OUTPUT_DIR/checkpoints.", low=1, free=True)
+    checkpoint_async: bool | None = _option(
+        None, "Write from a copy in host memory while training goes on; null: on GPUs.", free=True
+    )
+    checkpoint_errors: Literal["warn", "stop"] = _option(
+        "warn", "Whether a checkpoint that cannot be written (a full disk) ends the run.", free=True
+    )
+    resume: str = _option(
+        "never",
+        "never; auto: from the newest sound checkpoint in OUTPUT_DIR, if any; or a checkpoint's folder.",
+        free=True,
+    )
+    override: str | None = _option(
+        None,
+        "Options, joined by commas, that a resumed run may have other values of: lr,epochs.",
+        free=True,
+    )
+    grace: float = _option(
+        25.0, "Seconds after SIGTERM or SIGINT in which the round may end and be saved.", free=True
+    )
+    on_nan: Literal["stop", "skip"] = _option(
+        "stop", "A worker that meets NaN or Inf ends the run, or only its own round is dropped.", free=True
+    )
+
+    seed: int = _option(0, "Decides weights, partitions and data.", below=2**63, group="Run")
+    output_dir: str = _option(
+        "runs/latest", "Folder for metrics.jsonl and all else that the run writes.", free=True
+    )
+    log_with: Literal["wandb", "tensorboard", "trackio", "none"] = _option(
+        "wandb",
+        "Tracker; wandb is offline unless a key, a login or wandb_project asks for more.",
+        free=True,
+    )
+    wandb_project: str | None = _option(
+        None, "Project in the tracker, resist_ds by default; wandb is then asked to be online.", free=True
+    )
+    run_name: str | None = _option(None, "Name of the run in the tracker.", free=True)
+    progress: bool = _option(True, "Progress bar.", free=True)
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name} is {getattr(self, name)!r}: type one of {', '.join(choices)}")
+        for name, option in FIELDS.items():
+            value, low, below = getattr(self, name), option.metadata["low"], option.metadata["below"]
+            if isinstance(value, int | float) and not (low <= value < below):  # NaN fails every comparison
+                limit = f"at least {low}" if below == math.inf else f"at least {low} and below {below}"
+                raise UserError(f"--{name} is {value}: type a finite number, {limit}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        needs_files = self.dataset not in ("digits", "synthetic")
+        if self.epochs == 0:
+            raise UserError("--epochs is 0: type a number above 0")
+        if not self.model:
+            raise UserError("--model is empty: type a name such as preact_resnet_small")
+        if not self.output_dir:
+            raise UserError("--output_dir is empty: type a folder, for instance runs/latest")
+        if needs_files and not self.data_dir:
+            raise UserError(f"--dataset {self.dataset} needs a folder: type --data_dir FOLDER")
+        if self.data_dir is not None and not needs_files:  # to train on digits by mistake would be silent
+            raise UserError(
+                f"--data_dir is not for --dataset {self.dataset}: type another, or --data_dir null"
+            )
+        if self.download and not self.dataset.startswith("cifar"):
+            raise UserError(f"--download cannot fetch {self.dataset}: type --dataset cifar10 or cifar100")
+        if self.batch_size % self.accumulation_steps:
+            raise UserError(
+                f"--accumulation_steps must divide --batch_size: type a divisor of {self.batch_size}"
+            )
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise UserError(
+                "--nesterov is for --optimizer sgd and a --momentum above 0: type --nesterov false"
+            )
+        if self.dtype == "float64" and self.mixed_precision != "no":
+            raise UserError("--dtype float64 excludes mixed precision: type --mixed_precision no")
+        if self.rounds is not None and self.warmup_rounds > self.rounds:
+            raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
+        self._check_strategy()
+        if not self.resume:
+            raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
+        if self.from_pretrained == "":
+            raise UserError("--from_pretrained is empty: type a safetensors file")
+        for name in self.overridden:
+            if name not in SHAPING:
+                near = difflib.get_close_matches(name, SHAPING, 1)
+                hint = f" (did you mean {near[0]}?)" if near else f". Those that do: {', '.join(SHAPING)}"
+                raise UserError(f"--override {name!r}: no option of that name shapes training{hint}")
+
+    def _check_strategy(self) -> None:
+        strategy, depth = self.strategy, self.strategy == "stochastic_depth"
+        if not self.way.partitions and (self.warmup_rounds or (self.min_blocks and not depth)):
+            name = "min_blocks" if self.min_blocks and not depth else "warmup_rounds"
+            raise UserError(f"--{name} is for --strategy resist: with {strategy} all hold the full net")
+        if depth and not self.min_blocks:
+            raise UserError(
+                "--strategy stochastic_depth runs --min_blocks random pool blocks a step: type their number"
+            )
+        if depth and self.compile:
+            raise UserError("--compile is not for --strategy stochastic_depth, whose net always changes")
+        if (self.way.lockstep or depth) and self.optimizer_state == "reset":
+            raise UserError(
+                f"--optimizer_state reset is not for --strategy {strategy}, which never re-partitions"
+            )
+        if self.way.lockstep and self.on_nan == "skip":
+            raise UserError(
+                f"--on_nan skip is not for --strategy {strategy}: a bad gradient reaches all ranks at once"
+            )
+        if self.deepspeed_config == "":
+            raise UserError("--deepspeed_config is empty: type DeepSpeed's JSON file")
+        if self.deepspeed_config is not None and not (self.way.partitions or self.way.stage):
+            raise UserError(
+                f"--deepspeed_config is for --strategy resist and zero1 to zero3, not for {strategy}"
+            )
+        if self.deepspeed_config is not None and self.warmup_rounds:
+            raise UserError("--warmup_rounds is not for --deepspeed_config, whose engines keep their size")
+        engines = self.way.spread or self.deepspeed_config is not None
+        if engines and self.mixed_precision == "fp16":
+            raise UserError("--mixed_precision fp16 is not for FSDP2 and DeepSpeed here: type bf16")
+        if engines and self.compile:
+            raise UserError("--compile is not for FSDP2 and DeepSpeed here: leave it out")
+        if engines and self.channels_last:
+            raise UserError("--channels_last is not for FSDP2 and DeepSpeed here: leave it out")
+        if self.way.stage and self.dtype == "float64":
+            raise UserError(f"--strategy {strategy} computes in float32: type --dtype float32")
+        check_deepspeed(self)
+
+    @property
+    def way(self) -> Strategy:
+        """The facts of `--strategy`."""
+        return STRATEGIES[self.strategy]
+
+    def least_blocks(self, pool: int) -> int:
+        """Lower bound of the pool blocks in a worker's vector: all of them unless the net is partitioned."""
+        return self.way.least_blocks(pool, self.min_blocks)
+
+    def test_scale(self, slots: int, pool: int) -> float:
+        """Scale of the pool's residuals at test time."""
+        return self.way.test_scale(slots, pool, self.min_blocks)
+
+    @property
+    def overridden(self) -> tuple[str, ...]:
+        """The options that `--override` names."""
+        return tuple(
+            name.strip().replace("-", "_") for name in (self.override or "").split(",") if name.strip()
+        )
+
+    @staticmethod
+    def default(name: str) -> Any:
+        """An option's value where nobody has typed one."""
+        factory = FIELDS[name].default_factory
+        return FIELDS[name].default if factory is MISSING else factory()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as a plain dict; `Config(**config.to_dict()) == config`."""
+        return asdict(self)
+
+
+FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
+TYPES: dict[str, Any] = typing.get_type_hints(Config)
+SHAPING = tuple(name for name, option in FIELDS.items() if not option.metadata["free"])
+CHOICES = {name: typing.get_args(t) for name, t in TYPES.items() if typing.get_origin(t) is Literal}

@@ -1,0 +1,186 @@
+"""The global model: the whole ResNet, which exists only as the union of what the workers of all ranks hold.
+
+What a round does to it, whoever makes the local steps: `trainer` with its own loop, or `api` with the user's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resist_ds.comm import Comm
+from resist_ds.data.order import Position
+from resist_ds.engines.engine import autocast, is_finite
+from resist_ds.engines.spread import SpreadNet
+from resist_ds.engines.workers import Workers
+from resist_ds.errors import UserError
+from resist_ds.memory import one_line_when_out
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.subnet import OptimizerState
+from resist_ds.options.config import Config
+from resist_ds.protocol.evaluate import Evaluation, Result
+from resist_ds.protocol.partition import Layout, Partition, sample_partition
+from resist_ds.protocol.sync import Synchroniser
+from resist_ds.state.checkpoint import State, config_hash, versions
+from resist_ds.state.saver import Saver
+from resist_ds.state.start import Start
+
+
+class GlobalModel:
+    """The global model at the start of a round.
+
+    Attributes:
+        workers: those that this rank plays.
+        deal, trained: who holds what in the round that comes, and in the one before it.
+        statistics, statistics_round: BatchNorm's, and the round after which they were estimated, or None.
+    """
+
+    def __init__(self, comm: Comm, config: Config, layout: Layout, blueprint: Blueprint, start: Start):
+        """Place the workers. Collective: all ranks.
+
+        Args:
+            start: what the run begins from; its files are closed.
+
+        Raises:
+            UserError: the options ask for more than the model has.
+        """
+        if config.min_blocks > blueprint.pool:
+            raise UserError(
+                f"--min_blocks {config.min_blocks} is more than {config.model} has: "
+                f"type at most {blueprint.pool}, its pool blocks"
+            )
+        self._comm = comm
+        self._config = config
+        self.layout = layout
+        self.blueprint = blueprint
+        self.deal = self.trained = self.partition(start.position.round)
+        if config.deepspeed_config is not None and config.way.partitions:
+            comm.alone  # noqa: B018  # made by all ranks together, before each makes its engine
+        self.workers = comm.agree(lambda: self._place_workers(start))
+        with one_line_when_out(comm.device, comm.rank):
+            self.workers.connect()
+        dtype = getattr(torch, config.dtype)
+        self.statistics = comm.agree(lambda: start.statistics(blueprint, dtype))
+        self.statistics_round = start.state.statistics_round if start.state else None
+        start.close()
+        self.sync = Synchroniser(
+            comm,
+            layout,
+            self.workers.layout,
+            blueprint.pool,
+            budget=config.transit_mib << 20,
+            travel=config.optimizer_state == "travel",
+        )
+
+    def partition(self, round: int) -> Partition:
+        """Who holds what in a round. Warm-up rounds are local SGD: they deal the whole pool to everyone."""
+        config, pool = self._config, self.blueprint.pool
+        least = pool if round < config.warmup_rounds else config.least_blocks(pool)
+        return sample_partition(config.seed, round, workers=self.layout.workers, pool=pool, min_blocks=least)
+
+    @property
+    def test_scale(self) -> float:
+        """K/P of the round that was trained."""
+        return self._config.test_scale(self.trained.slots, self.trained.pool)
+
+    @property
+    def parameters_held(self) -> int:
+        """Of a rank, in the round that was trained; copies of replicas count."""
+        blueprint = self.blueprint
+        held = blueprint.parameters_held(self.trained.slots)
+        return self._config.way.parameters_held(blueprint.parameters, held, self._comm.size)
+
+    def synchronise(self, round: int, dropped: frozenset[int] = frozenset()) -> None:
+        """Average every piece and bring it to its next holders. Collective: all ranks.
+
+        Args:
+            round: that was trained.
+            dropped: workers whose round does not count.
+        """
+        self.trained, self.deal = self.deal, self.partition(round + 1)
+        if self._config.way.lockstep:  # all hold the same at any time
+            return
+        assert isinstance(self.workers, Workers)
+        self.sync.aggregate(self.workers.vectors, self.trained, dropped)
+        self.sync.hand_off(self.workers.vectors, self.trained, self.deal)
+        if self.deal.slots != self.trained.slots:  # warm-up is over
+            self.workers.resize(self.deal.slots)
+
+    def evaluate(self, evaluation: Evaluation, round: int, free: int) -> Result:
+        """Test the global model with the test scale of the round just trained. Collective: all ranks.
+
+        Args:
+            free: bytes for test activations, see `Evaluation.run`.
+        """
+        subnet, vectors = self.workers.for_evaluation(self.deal)
+        cast = autocast(self._config, self._comm.device)
+        result = evaluation.run(subnet, vectors, self.deal, self.test_scale, cast, free)
+        dtype = getattr(torch, self._config.dtype)  # as they are saved: float64's may be too large for it
+        if all(is_finite(values.to(dtype)) for pair in result.statistics.values() for values in pair):
+            self.statistics, self.statistics_round = result.statistics, round + 1
+        return result
+
+    def save(
+        self,
+        saver: Saver,
+        position: Position,
+        options: Mapping[str, Any],
+        *,
+        train_size: int,
+        totals: Mapping[str, Any],
+    ) -> None:
+        """Begin a checkpoint of the state at the start of the next round. Collective: all ranks.
+
+        Args:
+            options: as `checkpoint.config_to_keep` has them, with the data set's values in place of nulls.
+            train_size: images of the training set.
+            totals: what the run's records carry on.
+        """
+        scales = {w: s for rank in self._comm.gather(self.workers.loss_scales) for w, s in rank.items()}
+        state = State(
+            **asdict(position),
+            train_size=train_size,
+            model=self.blueprint.name,
+            num_classes=self.blueprint.num_classes,
+            workers=self.layout.workers,
+            slots=self.deal.slots,
+            pool=self.deal.pool,
+            test_scale=self.test_scale,
+            statistics_round=self.statistics_round,
+            dtype=self._config.dtype,
+            optimizer=asdict(saver.optimizer),
+            loss_scales=[scales[w] for w in range(self.layout.workers)] if scales else None,
+            totals=dict(totals),
+            cpu_threads=self._config.cpu_threads,
+            config=dict(options),
+            config_hash=config_hash(options),
+            versions=versions(),
+        )
+        saver.start(state, self.workers.owned(self.deal), self.statistics)
+
+    def saver(self, folder: Path, *, background: bool) -> Saver:
+        """What writes its checkpoints into a folder."""
+        config = self._config
+        return Saver(
+            self._comm,
+            self.blueprint,
+            folder,
+            dtype=getattr(torch, config.dtype),
+            optimizer=OptimizerState.carried(config),
+            keep=config.keep,
+            background=background,
+        )
+
+    def _place_workers(self, start: Start) -> Workers | SpreadNet:
+        config, state = self._config, start.state
+        source = start.source(self.blueprint, config.test_scale(self.deal.slots, self.deal.pool))
+        with one_line_when_out(self._comm.device, self._comm.rank):
+            place = (self._comm, self.layout, self.blueprint, config, self.deal, source)
+            if config.way.spread:
+                return SpreadNet(*place)
+            workers = Workers(*place, start.position.step)
+        if state and state.loss_scales:
+            workers.set_loss_scales(state.loss_scales)
+        return workers

@@ -1,0 +1,335 @@
+"""The checkpoint format: a global model in pieces, as a Hugging Face-style sharded safetensors model.
+
+    round-000040/                                the state at the start of round 40
+      model-0000r-of-0000R.safetensors           timm's names; each tensor once; rank r's workers own them
+      model.safetensors.index.json               {timm name: file}
+      optimizer-0000r-of-0000R.safetensors       "<timm name>.momentum_buffer" and the like
+      optimizer.safetensors.index.json
+      state.json                                 where the run is, and what shapes it
+      manifest.json                              size and sha256 of every file
+
+What is read here was checked first: every byte, then every name, shape and type. No communication.
+"""
+
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from resist_ds import __version__
+from resist_ds.data.order import Position
+from resist_ds.errors import DamagedError, RunError, UserError
+from resist_ds.nets.blueprint import Blueprint, Statistics
+from resist_ds.nets.initial import Piece
+from resist_ds.nets.subnet import OptimizerState
+from resist_ds.options.config import Config
+from resist_ds.state import storage
+from resist_ds.state.storage import Spec
+
+FORMAT = 1
+STATE = "state.json"
+GROUPS = ("model", "optimizer")
+
+# Of this machine or of this start of the run, and nobody else's business.
+_PRIVATE = (
+    *("data_dir", "output_dir", "from_pretrained", "deepspeed_config"),
+    *("resume", "override", "wandb_project", "run_name"),
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything of a checkpoint that is no tensor; `state.json`.
+
+    Attributes:
+        round, step, samples, epoch, offset: the `Position` from which the run goes on.
+        train_size: images of the training set.
+        workers, slots, pool: W, K and P.
+        test_scale: K/P of the round trained last.
+        statistics_round: the round after which BatchNorm's statistics were estimated, or None.
+        dtype: of the parameters.
+        optimizer: what is kept per parameter, as in `OptimizerState`.
+        loss_scales: state of each worker's loss scaler under fp16.
+        totals: what the run's records carry on: bytes sent, accuracies, rounds dropped.
+        cpu_threads: per rank; on a CPU the last bits depend on it.
+        config, config_hash: all options but those of this machine, and their hash.
+    """
+
+    round: int
+    step: int
+    samples: int
+    epoch: int
+    offset: int
+    train_size: int
+    model: str
+    num_classes: int
+    workers: int
+    slots: int
+    pool: int
+    test_scale: float
+    statistics_round: int | None
+    dtype: str
+    optimizer: dict[str, Any]
+    loss_scales: list[dict[str, float]] | None
+    totals: dict[str, Any]
+    cpu_threads: int
+    config: dict[str, Any]
+    config_hash: str
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @property
+    def position(self) -> Position:
+        return Position(self.round, self.step, self.samples, self.epoch, self.offset)
+
+    @classmethod
+    def read(cls, folder: Path) -> "State":
+        """Raises `DamagedError`."""
+        path = folder / STATE
+        content = storage.read_json(path)
+        try:
+            if content["format"] != FORMAT:
+                raise RunError(  # no damage, which would be passed over
+                    f"{path} is of format {content['format']}, and this version of resist_ds reads {FORMAT}"
+                )
+            state = cls(**content)
+            sound = _is_of_types(state) and config_hash(state.config) == state.config_hash
+            sound = sound and set(state.optimizer) == {"vectors", "counter"}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedError(f"{path} is no state of a run: {type(error).__name__} {error}") from None
+        if not sound:
+            raise DamagedError(f"{path} is damaged: its fields do not fit each other")
+        return state
+
+
+def _is_of_types(state: State) -> bool:
+    """Whether the fields hold what their annotations say."""
+    hints = typing.get_type_hints(State)
+    for field in fields(State):
+        kinds = typing.get_args(hints[field.name]) if isinstance(hints[field.name], UnionType) else ()
+        allowed = tuple(typing.get_origin(kind) or kind for kind in kinds or (hints[field.name],))
+        if not isinstance(getattr(state, field.name), (*allowed, int) if float in allowed else allowed):
+            return False
+    return True
+
+
+def config_to_keep(config: Config) -> dict[str, Any]:
+    """The options that go into a checkpoint."""
+    return {name: value for name, value in config.to_dict().items() if name not in _PRIVATE}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """A hash of the options that a checkpoint keeps."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide about numbers."""
+    return {"resist_ds": __version__} | {n: version(n) for n in ("torch", "timm", "deepspeed", "safetensors")}
+
+
+def folder_name(round: int) -> str:
+    """Of the checkpoint that holds the state at the start of `round`."""
+    return f"round-{round:06d}"
+
+
+def round_of(folder: Path) -> int | None:
+    """The round that a checkpoint's name speaks of, or None."""
+    found = re.fullmatch(r"round-(\d{6,})", folder.name)
+    return int(found.group(1)) if found else None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, sound or not."""
+    try:
+        found = [path for path in folder.iterdir() if round_of(path) is not None]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(found, key=lambda path: round_of(path) or 0, reverse=True)
+
+
+def shard_name(group: str, rank: int, size: int) -> str:
+    """Of a rank's file, numbered from 1 as Hugging Face does it; `group` is one of `GROUPS`."""
+    return f"{group}-{rank + 1:05d}-of-{size:05d}.safetensors"
+
+
+def index_name(group: str) -> str:
+    return f"{group}.safetensors.index.json"
+
+
+def statistics_names(norm: str) -> tuple[str, str, str]:
+    """timm's names of a BatchNorm's buffers."""
+    return f"{norm}.running_mean", f"{norm}.running_var", f"{norm}.num_batches_tracked"
+
+
+def all_specs(
+    blueprint: Blueprint, dtype: torch.dtype, optimizer: OptimizerState
+) -> dict[str, dict[str, Spec]]:
+    """Type and shape of every tensor of a whole checkpoint: {group: {name: spec}}."""
+    shapes = blueprint.shapes
+    model = {name: Spec(dtype, shape) for name, shape in shapes.items()}
+    for norm, channels in blueprint.norms:
+        mean, variance, count = statistics_names(norm)
+        model |= {mean: Spec(dtype, (channels,)), variance: Spec(dtype, (channels,))}
+        model[count] = Spec(torch.int64, ())
+    state = {f"{n}.{kind}": Spec(dtype, shape) for n, shape in shapes.items() for kind in optimizer.vectors}
+    if optimizer.counter:
+        state |= {f"{name}.{optimizer.counter}": Spec(dtype, ()) for name in shapes}
+    return {"model": model, "optimizer": state}
+
+
+class Checkpoint:
+    """A checkpoint to read from. It is also a source of the workers' initial values.
+
+    Args:
+        folder: whose bytes have been checked; use `verified` if nobody has.
+
+    Raises:
+        DamagedError: what the checks of bytes cannot see: an index or a shard that is not this model's.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.state = State.read(folder)
+        self.optimizer = OptimizerState(
+            tuple(self.state.optimizer["vectors"]), self.state.optimizer["counter"]
+        )
+        self._files = ExitStack()
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def verified(cls, folder: Path) -> "Checkpoint":
+        """Open a checkpoint after a look at every byte, name, shape and type.
+
+        Raises:
+            DamagedError: it is not as it was written.
+            UserError: the folder is that of a run, or of its checkpoints.
+        """
+        inside = newest_first(folder) or newest_first(folder / "checkpoints")
+        if inside:
+            raise UserError(f"{folder} holds checkpoints: type one of them, {inside[0]}")
+        files = storage.check_sealed(folder)
+        checkpoint = cls(folder)
+        named = round_of(folder)
+        if named is not None and named != checkpoint.state.round:
+            raise DamagedError(
+                f"{folder / STATE} is of round {checkpoint.state.round}, its folder is called {folder.name}"
+            )
+        used = {STATE}
+        for group, expected in checkpoint.specs.items():
+            used |= checkpoint._check_group(group, expected, files)
+        for name in sorted(files.keys() - used):
+            raise DamagedError(f"{folder / name} is part of no index")
+        return checkpoint
+
+    @cached_property
+    def blueprint(self) -> Blueprint:
+        try:
+            return Blueprint(self.state.model, self.state.num_classes)
+        except UserError as error:
+            raise DamagedError(f"{self.folder / STATE}: {error}") from None
+
+    @cached_property
+    def specs(self) -> dict[str, dict[str, Spec]]:
+        """{group: {name: type and shape}} that it must hold."""
+        dtype = getattr(torch, self.state.dtype, None)
+        if dtype not in storage.DTYPES:
+            raise DamagedError(f"{self.folder / STATE}: {self.state.dtype!r} is no type of parameters")
+        return all_specs(self.blueprint, dtype, self.optimizer)
+
+    def shared(self) -> Piece:
+        """(timm name, {"parameter" or state name: tensor}) of the shared part, read one by one."""
+        for name, _ in self.blueprint.shared:
+            yield name, self._state_of(name)
+
+    def block(self, block: int) -> Piece:
+        """The same of a pool block, by the names inside it."""
+        for name, _ in self.blueprint.block:
+            yield name, self._state_of(self.blueprint.block_prefix(block) + name)
+
+    def statistics(self) -> Statistics:
+        """BatchNorm's statistics of the global model."""
+        names = {norm: statistics_names(norm)[:2] for norm, _ in self.blueprint.norms}
+        return {n: (self.tensor("model", m), self.tensor("model", v)) for n, (m, v) in names.items()}
+
+    def tensor(self, group: str, name: str) -> Tensor:
+        """One tensor, in host memory."""
+        file = self._indexes[group][name]
+        if file not in self._open:
+            self._open[file] = self._files.enter_context(safe_open(self.folder / file, "numpy"))
+        return torch.from_numpy(self._open[file].get_tensor(name))
+
+    def close(self) -> None:
+        """Close the files."""
+        self._open.clear()
+        self._files.close()
+
+    def _state_of(self, name: str) -> dict[str, Tensor]:
+        state = {k: self.tensor("optimizer", f"{name}.{k}") for k in self.optimizer.kinds}
+        return {"parameter": self.tensor("model", name), **state}
+
+    @cached_property
+    def _indexes(self) -> dict[str, dict[str, str]]:
+        """{group: {name: file}}."""
+        return {group: self._index(group)["weight_map"] for group in GROUPS if self.specs[group]}
+
+    def _index(self, group: str) -> dict[str, Any]:
+        path = self.folder / index_name(group)
+        content = storage.read_json(path)
+        try:
+            names = {str(name): str(file) for name, file in content["weight_map"].items()}
+            return {"weight_map": names, "total_size": content["metadata"]["total_size"]}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedError(f"{path} is no index: {type(error).__name__} {error}") from None
+
+    def _check_group(
+        self, group: str, expected: Mapping[str, Spec], sealed: Mapping[str, object]
+    ) -> set[str]:
+        """Compare a group's index and shards with what the model has; returns the files that it uses."""
+        if not expected:
+            return set()
+        path = self.folder / index_name(group)
+        index = self._index(group)
+        size = sum(spec.nbytes for spec in expected.values())
+        if index["total_size"] != size:
+            raise DamagedError(
+                f"{path}: total_size is {index['total_size']}, and the tensors have {size} bytes"
+            )
+        by_file: dict[str, set[str]] = {}
+        for name, file in index["weight_map"].items():
+            if name not in expected:
+                raise DamagedError(f"{path} names {name}, which {self.state.model} does not have")
+            if file not in sealed:
+                raise DamagedError(
+                    f"{path} says that {name} is in {file!r}, which is no file of this checkpoint"
+                )
+            by_file.setdefault(file, set()).add(name)
+        for name in sorted(expected.keys() - index["weight_map"].keys()):
+            raise DamagedError(f"{path} lacks {name}")
+        for file, names in by_file.items():
+            found = storage.read_specs(self.folder / file)
+            for name in sorted(found.keys() ^ names):
+                raise DamagedError(f"{self.folder / file} and {path.name} do not agree about {name}")
+            for name, spec in found.items():
+                if spec != expected[name]:
+                    raise DamagedError(
+                        f"{self.folder / file}: {name} is {_words(spec)}, and {self.state.model} "
+                        f"has {_words(expected[name])}"
+                    )
+        return {path.name, *by_file}
+
+
+def _words(spec: Spec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')}{list(spec.shape)}"

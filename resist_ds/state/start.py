@@ -1,0 +1,253 @@
+"""What a run begins from: nothing, a file of weights, or a checkpoint; and whether that is this run's."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resist_ds.comm import Comm
+from resist_ds.data.order import Position
+from resist_ds.errors import DamagedError, RunError, UserError
+from resist_ds.nets.blueprint import Blueprint, Statistics
+from resist_ds.nets.initial import Initialisation, Pretrained, Source
+from resist_ds.nets.subnet import OptimizerState
+from resist_ds.options.config import SHAPING, Config
+from resist_ds.state.checkpoint import Checkpoint, State, newest_first
+from resist_ds.state.folder import RunFolder
+from resist_ds.state.storage import MANIFEST
+
+_NOT_TO_CHANGE = ("model", "num_classes")  # a checkpoint's tensors have the shapes that these give them
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What rank 0 has chosen.
+
+    Attributes:
+        path: of the checkpoint, or None.
+        seal: hash of its manifest, by which the other ranks know that they see the same one.
+        remarks: what the user should know about the choice.
+    """
+
+    path: Path | None = None
+    seal: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+class Start:
+    """What `--resume` and `--from_pretrained` mean for this run. Collective: all ranks.
+
+    Attributes:
+        folder, state: of the checkpoint that the run goes on from, or None.
+        here: whether that is in the run's own folder, so that its records are continued.
+        position: where the run begins.
+        remarks: what the user should know.
+    """
+
+    def __init__(self, comm: Comm, config: Config, folder: RunFolder):
+        """Choose the checkpoint and open it. Collective: all ranks."""
+        choice = comm.collect(lambda: _choose(config, folder) if comm.rank == 0 else Choice())[0]
+        self._config = config
+        self._run_folder = folder
+        self._checkpoint = comm.agree(lambda: _see(comm.rank, choice)) if choice.path else None
+        self._pretrained: Pretrained | None = None
+        self.folder = choice.path
+        self.state = self._checkpoint.state if self._checkpoint else None
+        self.here = choice.path is not None and folder.holds(choice.path)
+        self.position = self.state.position if self.state else Position()
+        self.remarks = list(choice.remarks)
+
+    def threads(self, local_ranks: int) -> int:
+        """CPU threads per rank: what was asked for, the resumed run's, or a share of the cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = self._config.cpu_threads or max(1, cores // local_ranks)
+        before = self.state.cpu_threads if self.state else threads
+        if not self._config.cpu_threads and before <= cores:
+            threads = before
+        if threads != before:
+            self.remarks.append(
+                f"{threads} CPU threads per rank and not {before}: last bits will differ on a CPU"
+            )
+        return threads
+
+    def workers(self, ranks: int) -> int:
+        """W: what was asked for, the resumed run's, or one per rank. Raises `UserError` if it is below R."""
+        asked, before = self._config.workers, self.state.workers if self.state else None
+        strategy = self._config.strategy
+        if self._config.way.lockstep:
+            if (asked or ranks) != ranks:
+                raise UserError(
+                    f"--strategy {strategy} has one worker per rank: type --workers {ranks}, or start "
+                    f"{asked} ranks"
+                )
+            return ranks
+        if strategy == "stochastic_depth":
+            if (asked or ranks) != 1 or ranks != 1:
+                raise UserError(
+                    "--strategy stochastic_depth has one worker: type --workers 1, and start one rank"
+                )
+            return 1
+        workers = asked or before or (ranks if ranks > 1 else 4)
+        if workers < ranks:
+            whose = "" if asked else " of the checkpoint"
+            raise UserError(
+                f"--workers {workers}{whose} is less than the {ranks} ranks: "
+                f"type --workers {ranks} or more, or start fewer ranks"
+            )
+        return workers
+
+    def check(self, options: Mapping[str, Any], train_size: int) -> None:
+        """Refuse to go on with other options than the checkpoint's run had, field by field.
+
+        Args:
+            options: this run's, with the data set's values in place of nulls.
+
+        Raises:
+            UserError: an option that shapes training differs and `--override` does not name it.
+        """
+        if self._checkpoint is not None:
+            _check(options, self._config.overridden, self._checkpoint.state, train_size)
+            if OptimizerState.carried(self._config).kinds - self._checkpoint.optimizer.kinds:
+                self.remarks.append("optimizer state that the checkpoint lacks starts at zero")
+
+    def source(self, blueprint: Blueprint, scale: float) -> Source:
+        """The workers' first values.
+
+        Args:
+            scale: K/P of the first round.
+        """
+        config = self._config
+        if self._checkpoint:
+            return self._checkpoint
+        if not config.from_pretrained:
+            return Initialisation(blueprint, config.seed)
+        path = Path(config.from_pretrained).expanduser()
+        pretrained = Pretrained(path, blueprint, config.seed, scale)
+        self._pretrained = pretrained
+        if pretrained.renewed:
+            self.remarks.append(
+                f"{' and '.join(pretrained.renewed)} start anew: the file's head has another size"
+            )
+        return pretrained
+
+    def statistics(self, blueprint: Blueprint, dtype: torch.dtype) -> Statistics:
+        """BatchNorm's statistics until the first evaluation: the checkpoint's, or timm's initial ones."""
+        if self._checkpoint:
+            return self._checkpoint.statistics()
+        sizes = dict(blueprint.norms)
+        return {
+            n: (torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)) for n, size in sizes.items()
+        }
+
+    def make_way(self) -> None:
+        """On rank 0: records that will be written again are cut, an earlier run's files are set aside.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        folder = self._run_folder
+        try:
+            if self.here:
+                place = folder.set_aside_after(self.position.round)
+                what = "checkpoints that are not sound"
+            else:
+                place, what = folder.set_aside(), "the records and checkpoints of an earlier run"
+            if place:
+                self.remarks.append(f"{what} are now in {place}")
+        except OSError as error:  # a full disk, say
+            raise UserError(
+                f"--output_dir {folder.path} cannot be written to ({error.strerror}): type another folder"
+            ) from None
+
+    def close(self) -> None:
+        """Close the files that were read."""
+        for source in (self._checkpoint, self._pretrained):
+            if source:
+                source.close()
+
+
+def _see(rank: int, choice: Choice) -> Checkpoint:
+    """Open the checkpoint that rank 0 has verified, if this rank sees the same one."""
+    assert choice.path is not None
+    if _seal(choice.path) != choice.seal:
+        raise RunError(
+            f"rank {rank} does not see the checkpoint {choice.path} of rank 0: it must be on a file system "
+            "that all machines share"
+        )
+    return Checkpoint(choice.path)
+
+
+def _choose(config: Config, folder: RunFolder) -> Choice:
+    if config.resume == "never":
+        return Choice()
+    there = newest_first(folder.checkpoints)
+    if config.resume != "auto":
+        path = Path(config.resume).expanduser()
+        if not path.is_dir():
+            raise UserError(
+                f"--resume {path}: no such folder; type never, auto or the folder of a checkpoint"
+            )
+        inside = newest_first(path) or newest_first(path / "checkpoints")
+        if inside:
+            raise UserError(f"--resume {path} holds checkpoints: type one of them, --resume {inside[0]}")
+        Checkpoint.verified(path).close()
+        if path.resolve() in [other.resolve() for other in there[1:]]:  # a later auto would take the newest
+            raise UserError(
+                f"--resume {config.resume}: {there[0]} is newer; type --resume auto, or another --output_dir "
+                "to branch off"
+            )
+        return Choice(path, _seal(path))
+    remarks: list[str] = []
+    for path in there:
+        try:
+            Checkpoint.verified(path).close()
+            return Choice(path, _seal(path), tuple(remarks))
+        except DamagedError as error:
+            remarks.append(f"{error}; trying the checkpoint before it")
+    if remarks:
+        remarks.append("no checkpoint is sound: starting afresh")
+    return Choice(remarks=tuple(remarks))
+
+
+def _check(config: Mapping[str, Any], overridden: tuple[str, ...], state: State, train_size: int) -> None:
+    # An option that a checkpoint does not know came later: its run had what is now the default.
+    before = {name: state.config.get(name, Config.default(name)) for name in SHAPING}
+    different = [name for name in SHAPING if config[name] != before[name]]
+    for name in _NOT_TO_CHANGE:
+        if name in different:
+            raise UserError(
+                f"--{name} is {config[name]}, and the checkpoint's is {before[name]}: type that, "
+                "or start from an export of it, by --from_pretrained"
+            )
+    if config["scheduler"] != state.config.get("scheduler") and "schedule" not in overridden:
+        raise UserError(
+            "the DeepSpeed file has another scheduler than that of the checkpoint's run: write the old one, "
+            f"or type --override {','.join((*overridden, 'schedule'))}"
+        )
+    refused = [name for name in different if name not in overridden]
+    if refused:
+        fields = ", ".join(f"--{n} is {_shown(config[n])} and was {_shown(before[n])}" for n in refused)
+        raise UserError(
+            f"the checkpoint's run had other options: {fields}; type the old ones, or --override "
+            f"{','.join((*overridden, *refused))}"
+        )
+    if train_size != state.train_size and "dataset" not in overridden:
+        raise UserError(
+            f"the training set has {train_size} images, and {state.train_size} in the checkpoint's run: "
+            "type the old --data_dir, or --override dataset"
+        )
+
+
+def _shown(value: object) -> object:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
+def _seal(path: Path) -> str:
+    try:
+        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return ""

@@ -1,0 +1,610 @@
+"""Engines: nets that FSDP2 and ZeRO spread over the ranks, DeepSpeed around sub-ResNets, stochastic depth."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from resist_ds.comm import Comm
+from resist_ds.engines.engine import RandomDepth
+from resist_ds.engines.parallel import deepspeed_schedule
+from resist_ds.errors import UserError
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.options import deepspeed_config
+from resist_ds.options.command_line import parse
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import sample_partition
+from resist_ds.trainer import Trainer
+from tests import oracle, saved
+from tests.conftest import Ranks
+from tests.protocol.test_oracle import BASE, assert_agreement, train
+from tests.saved import OPTIONS, checkpoints, digest, last, loss_log, outcome, tensors
+
+SPREAD = ("fsdp", "zero1", "zero2", "zero3")
+RUN: dict[str, Any] = {
+    "workers": None,
+    "rounds": 5,
+    "local_steps": 2,
+    "batch_size": 16,
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "schedule": "constant",
+}
+
+
+def written(folder: Path, content: object) -> str:
+    """A DeepSpeed file."""
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Spread over the ranks.
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (3, {"activation_checkpointing": True, "accumulation_steps": 2, "clip_grad": 1.0}),
+        (2, {"optimizer": "adamw", "lr": 1e-3}),
+    ],
+    ids=["sgd-checkpointing-accumulation-clipping", "adamw"],
+)
+def test_all_lockstep_strategies_agree_over_ten_steps(
+    size: int, options: dict[str, Any], ranks: Ranks, tmp_path: Path
+) -> None:
+    """One seed, one net, one order of the data: losses, weights and optimizer state after ten steps."""
+    logs, ends = {}, {}
+    for strategy in ("ddp", *SPREAD):
+        folder = tmp_path / strategy
+        ranks(saved.train, size, RUN | options | {"strategy": strategy, "output_dir": str(folder)})
+        logs[strategy], ends[strategy] = loss_log(folder), tensors(last(folder))
+    assert logs["ddp"][-1]["global_step"] == 10
+    start = Blueprint(OPTIONS["model"], 10).initial_shared(0)
+    assert max(np.abs(ends["ddp"][name] - value.numpy()).max() for name, value in start.items()) > 5e-3
+    for strategy in SPREAD:
+        for ours, expected in zip(logs[strategy], logs["ddp"], strict=True):
+            for key in ours.keys() & {"train/loss", "eval/loss"}:
+                assert ours[key] == pytest.approx(expected[key], abs=1e-4), (strategy, key)
+        assert ends[strategy].keys() == ends["ddp"].keys()
+        for name, array in ends[strategy].items():
+            np.testing.assert_allclose(
+                array, ends["ddp"][name], rtol=0, atol=1e-4, err_msg=f"{strategy} {name}"
+            )
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", SPREAD)
+def test_a_resumed_run_is_the_uninterrupted_one(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
+    """Weights, momentum and AdamW's counter leave the shards and come back into them."""
+    options = RUN | {
+        "strategy": strategy,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "checkpoint_every": 1,
+        "rounds": 3,
+    }
+    ranks(saved.train, 2, options | {"output_dir": str(tmp_path / "whole")})
+    place = {"output_dir": str(tmp_path / "run")}
+    ranks(saved.train, 2, options | place | {"rounds": 2})
+    ranks(saved.train, 2, options | place | {"resume": "auto", "override": "rounds"})
+    assert digest(last(tmp_path / "run")) == digest(last(tmp_path / "whole"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_nothing_is_lost_between_strategies(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
+    """From resist into the shards of other ranks, and back: at learning rate 0 no weight changes."""
+    still = RUN | {"lr": 0.0, "weight_decay": 0.0, "output_dir": str(tmp_path), "local_steps": 1}
+    ranks(saved.train, 2, still | {"workers": 3, "rounds": 1})
+    goes_on = {"resume": "auto", "override": "strategy,rounds"}
+    ranks(saved.train, 3, still | goes_on | {"strategy": strategy, "rounds": 2})
+    ranks(saved.train, 1, still | goes_on | {"workers": 2, "rounds": 3})
+    first, *others = [tensors(tmp_path / "checkpoints" / name) for name in checkpoints(tmp_path)]
+    weights = [name for name in first if name in Blueprint(OPTIONS["model"], 10).shapes]
+    assert len(others) == 2 and weights
+    for other in others:
+        assert all(first[name].tobytes() == other[name].tobytes() for name in weights)
+
+
+@pytest.mark.ranks
+def test_the_bytes_of_fsdp_are_gathers_and_a_reduce_scatter(ranks: Ranks, tmp_path: Path) -> None:
+    """Each block's parameters are gathered forward and backward, the root's once; gradients go back once."""
+    options = RUN | {"strategy": "fsdp", "rounds": 2, "output_dir": str(tmp_path)}
+    ranks(saved.train, 2, options)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    sent = {line["comm/bytes_round"] for line in lines if line["kind"] == "round"}
+    net = Blueprint(OPTIONS["model"], 10).subnet(7)
+    blocks = [m for m in net.modules() if isinstance(m, oracle.BasicBlock)]
+    in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
+    everything = sum(p.numel() for p in net.parameters())
+    least = 2 * (2 * in_blocks + (everything - in_blocks) + everything) * 4 // 2 * 2  # steps, halves, ranks
+    assert len(sent) == 1
+    assert least <= sent.pop() <= 1.02 * least  # tensors of odd lengths are padded
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", ["ddp", *SPREAD])
+def test_too_few_ranks(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
+    options = {"strategy": strategy, "workers": 4, "output_dir": str(tmp_path / "run")}
+    results = ranks(outcome, 2, tmp_path, options)
+    line = f"--strategy {strategy} has one worker per rank: type --workers 2, or start 4 ranks"
+    assert results == [(2, f"error: {line}\n"), (2, "")]
+
+
+def spoils_a_gradient(comm: Comm, folder: Path, options: dict[str, Any]) -> Any:
+    """One number of one gradient is Inf, in the only step of the round."""
+    from resist_ds.engines import zero
+
+    cross_entropy = zero.F.cross_entropy
+
+    def spoilt(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        if zero_steps.pop():
+            logits.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), math.inf))
+        return cross_entropy(logits, *args, **kwargs)
+
+    zero_steps = [True, False]  # the first step is DeepSpeed's own, at learning rate 0
+    zero.F = SimpleNamespace(cross_entropy=spoilt, pad=torch.nn.functional.pad)  # type: ignore[assignment]
+    return outcome(comm, folder, options)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_bad_gradient_is_not_dropped_without_a_word(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed leaves such a step out and goes on."""
+    options: dict[str, Any] = {"workers": 1, "local_steps": 1, "output_dir": str(tmp_path / "r")}
+    options["deepspeed_config"] = written(tmp_path, {"zero_optimization": {"stage": stage}})
+    (found,) = ranks(spoils_a_gradient, 1, tmp_path, options)
+    assert found.code == 3 and "worker 0 met NaN or Inf in round 1" in found.stderr
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_nan_in_an_engines_weights_is_never_saved(
+    stage: int, momentum: float, ranks: Ranks, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"workers": 1, "lr": 3e38, "momentum": momentum, "local_steps": 1, "rounds": 1}
+    options |= {"output_dir": str(tmp_path / "r"), "schedule": "constant", "weight_decay": 10.0}
+    options["deepspeed_config"] = written(tmp_path, {"zero_optimization": {"stage": stage}})
+    (found,) = ranks(outcome, 1, tmp_path, options)
+    assert found.code == 3 and "met NaN or Inf in round 1" in found.stderr
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("strategy", SPREAD)
+def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
+    """A gradient that is Inf in a round's last step shows in no loss, only in the shards."""
+    options = {
+        "strategy": strategy,
+        "workers": None,
+        "lr": 1e38,
+        "local_steps": 1,
+        "output_dir": str(tmp_path / "r"),
+    }
+    first, _ = ranks(outcome, 2, tmp_path, options)
+    assert first.code == 3 and "met NaN or Inf in round" in first.stderr
+    for path in (tmp_path / "r").rglob("*.safetensors"):
+        assert all(np.isfinite(array).all() for array in tensors(path.parent).values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# DeepSpeed inside ResIST.
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("stage", "size", "options"),
+    [
+        (0, 2, {}),
+        (0, 2, {"workers": 3, "accumulation_steps": 2, "clip_grad": 0.5, "nesterov": True, "batch_size": 16}),
+        (1, 2, {"workers": 3}),
+        (1, 2, {"optimizer_state": "reset", "min_blocks": 5}),
+        (1, 2, {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.1, "min_blocks": 5}),
+        (1, 2, {"offload": "cpu"}),
+        (2, 2, {"workers": 3}),
+        (3, 2, {"workers": 3}),
+    ],
+    ids=["0", "0-several-in-turn", "1-several-in-turn", "1-reset", "1-adamw", "1-offload", "2", "3"],
+)
+def test_sub_resnets_in_deepspeed_engines_are_the_simulation(
+    stage: int, size: int, options: dict[str, Any], ranks: Ranks, tmp_path: Path
+) -> None:
+    """DeepSpeed knows no float64: the first three steps, with a synchronisation after each."""
+    offload = {"offload_optimizer": {"device": options["offload"]}} if "offload" in options else {}
+    file = written(tmp_path, {"zero_optimization": {"stage": stage, **offload}})
+    three = {"dtype": "float32", "rounds": 3, "local_steps": 1, "eval_every": 0, "deepspeed_config": file}
+    rest = {name: value for name, value in options.items() if name != "offload"}
+    assert_agreement(ranks, size, tmp_path, 1e-4 if "optimizer" in options else 1e-5, **three | rest)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_engines_average_fp32_masters(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    """As near to the fp32 simulation as torch's autocast is, and with more bits than bf16's eight."""
+    file = written(tmp_path, {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}})
+    given = BASE | {"dtype": "float32", "workers": 2, "rounds": 2, "local_steps": 1, "batch_size": 64}
+    given |= {"img_size": 16, "eval_every": 0, "output_dir": str(tmp_path)}
+    expected = oracle.simulate(Config(**given)).state
+
+    def error(**options: Any) -> float:
+        off = []
+        for rank in ranks(train, 2, Config(**given, mixed_precision="bf16", **options)):
+            for name, found in rank["owned"].items():
+                parameter = torch.from_numpy(found["parameter"])
+                off.append((expected[name]["parameter"] - parameter).norm())
+                assert parameter.ndim < 4 or not torch.equal(parameter, parameter.bfloat16().float()), name
+        return float(torch.stack(off).norm())
+
+    assert 0 < error(deepspeed_config=file) < 2 * error()
+
+
+@pytest.mark.ranks
+def test_one_rank_has_engines_too(ranks: Ranks, tmp_path: Path) -> None:
+    """Without a launcher, so without any process group: resist in a DeepSpeed engine, zero3 and fsdp."""
+    file = written(tmp_path, {"zero_optimization": {"stage": 1}})
+    plain = RUN | {"workers": 2, "rounds": 2}
+    ranks(saved.train, 1, plain | {"output_dir": str(tmp_path / "plain")})
+    ranks(saved.train, 1, plain | {"deepspeed_config": file, "output_dir": str(tmp_path / "inside")})
+    expected, ours = tensors(last(tmp_path / "plain")), tensors(last(tmp_path / "inside"))
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-4, err_msg=name)
+    for strategy in ("fsdp", "zero3"):
+        options = RUN | {"rounds": 1, "strategy": strategy, "output_dir": str(tmp_path / strategy)}
+        ranks(saved.train, 1, options)
+        assert checkpoints(tmp_path / strategy) == ["round-000001"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The DeepSpeed file.
+
+FILE: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 8,
+    "gradient_clipping": 0.5,
+    "bf16": {"enabled": True},
+    "optimizer": {
+        "type": "SGD",
+        "params": {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.01, "nesterov": True},
+    },
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": 5}},
+    "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000},
+    "steps_per_print": 7,
+}
+
+
+def test_a_file_says_what_options_say(tmp_path: Path) -> None:
+    config = parse(["--deepspeed", "--deepspeed_config", written(tmp_path, FILE)])
+    found = config.batch_size, config.accumulation_steps, config.clip_grad, config.mixed_precision
+    assert found == (32, 8, 0.5, "bf16")
+    assert (config.optimizer, config.lr, config.momentum) == ("sgd", 0.3, 0.8)
+    assert (config.weight_decay, config.nesterov, config.schedule) == (0.01, True, "deepspeed")
+    given = deepspeed_config.engine_options(config, ranks=3)
+    assert given["train_micro_batch_size_per_gpu"] == 4 and given["gradient_accumulation_steps"] == 8
+    assert given["zero_optimization"] == FILE["zero_optimization"] and given["bf16"] == {"enabled": True}
+    assert given["gradient_clipping"] == 0.5 and given["steps_per_print"] == 7
+    assert "optimizer" not in given and "scheduler" not in given
+    scheduler = deepspeed_config.scheduler_of(config)
+    assert scheduler == FILE["scheduler"]
+    assert deepspeed_config.resolved(scheduler, config, steps=100) == {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": 0.3, "warmup_num_steps": 5},
+    }
+
+
+def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
+    file = written(
+        tmp_path, {"gradient_clipping": 0.5, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    )
+    config = parse(["--lr", "0.2", "--clip_grad", "0.5", "--deepspeed_config", file])
+    assert (config.optimizer, config.lr, config.clip_grad) == ("adamw", 0.2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (
+            {"gradient_clipping": 0.5},
+            ["--clip_grad=1"],
+            "gradient_clipping makes --clip_grad 0.5, and --clip_grad is 1.0",
+        ),
+        ({"bf16": {"enabled": True}}, ["--mixed_precision=no"], "bf16.enabled makes --mixed_precision bf16"),
+        ({"bf16": {"enabled": True}}, [], "bf16 keeps fp32 masters from zero_optimization.stage 1 on"),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            ["--batch_size=8"],
+            "makes --batch_size 4, and --batch_size is 8",
+        ),
+        ({"gradient_accumulation_steps": 2}, ["--accumulation_steps=4"], "makes --accumulation_steps 2"),
+        ({"optimizer": {"type": "Lamb"}}, [], "optimizer.type is 'Lamb': write SGD, Adam or AdamW"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}},
+            ["--lr=0.2"],
+            "optimizer.params.lr makes --lr 0.1",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"eps": 1e-5}}},
+            [],
+            "optimizer.params.eps 1e-05 cannot be honoured",
+        ),
+        ({"optimizer": {"type": "SGD", "params": {"foo": 1}}}, [], "optimizer.params.foo cannot be honoured"),
+        ({"scheduler": {"type": "Cosine"}}, [], "scheduler.type is 'Cosine': write one of WarmupLR"),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            ["--schedule=cosine"],
+            "scheduler.type makes --schedule deepspeed",
+        ),
+        ({"fp16": {"enabled": True}}, [], "fp16 cannot be honoured"),
+        ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage is 4: write 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {}}},
+            [],
+            "zero_optimization.offload_param cannot be",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            [],
+            "offload_optimizer.device 'nvme'",
+        ),
+        ({"zero_optimization": {"stage": 1}}, ["--dtype=float64"], "DeepSpeed computes in float32"),
+        (
+            {"zero_optimization": {"stage": 1}},
+            ["--strategy=zero2"],
+            "stage is 1, and --strategy zero2 is ZeRO 2",
+        ),
+        ({"zero_optimization": []}, [], "zero_optimization is []: write an object"),
+        ({"gradient_clipping": "much"}, [], "gradient_clipping is 'much': write a number, or auto"),
+        ({"flops_profiler": {"enabled": True}}, [], "flops_profiler cannot be honoured: leave it out"),
+        ([], [], "is no JSON object"),
+        (
+            {},
+            ["--strategy=ddp"],
+            "--deepspeed_config is for --strategy resist and zero1 to zero3, not for ddp",
+        ),
+        ({"bf16": {"enabled": False}}, ["--mixed_precision=bf16"], "bf16.enabled makes --mixed_precision no"),
+        ({"bf16": {"enabled": "false"}}, [], "bf16.enabled is 'false': write true, false or auto"),
+        (
+            {"gradient_accumulation_steps": 2.5},
+            [],
+            "gradient_accumulation_steps is 2.5: write a whole number",
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"nesterov": "no"}}},
+            [],
+            "nesterov is 'no': write true, false",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": None}},
+            [],
+            "scheduler.params is None: write an object",
+        ),
+        ({"scheduler": {"type": "OneCycle"}}, [], "scheduler.type is 'OneCycle': write one of WarmupLR"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
+            ["--lr_warmup_steps=3"],
+            "scheduler.params.warmup_num_steps decides, and --lr_warmup_steps is 3",
+        ),
+        ({}, ["--schedule=deepspeed"], "has no scheduler: write one, or type another schedule"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "big"}},
+            [],
+            "reduce_bucket_size is 'big': write a number",
+        ),
+        ({"steps_per_print": None}, [], "steps_per_print is None: write a number"),
+        (
+            {"zero_allow_untested_optimizer": False},
+            [],
+            "zero_allow_untested_optimizer False cannot be honoured",
+        ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            [],
+            "offload_optimizer at stage 0 cannot be honoured",
+        ),
+        (
+            {},
+            ["--warmup_rounds=2"],
+            "--warmup_rounds is not for --deepspeed_config, whose engines keep their size",
+        ),
+        ({}, ["--deepspeed=a.json"], "--deepspeed takes no value, and 'a.json' is one"),
+        ({}, ["--compile"], "--compile is not for FSDP2 and DeepSpeed here"),
+        ({}, ["--mixed_precision=fp16"], "--mixed_precision fp16 is not for FSDP2 and DeepSpeed here"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(
+    content: object, flags: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as raised:
+        parse(["--deepspeed_config", written(tmp_path, content), *flags])
+    said = str(raised.value)
+    assert message in said and "\n" not in said
+    assert "deepspeed.json" in said or message.startswith("--")
+
+
+def test_auto_is_what_the_options_say(tmp_path: Path) -> None:
+    auto = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "steps_per_print": "auto"}
+    file = written(
+        tmp_path, auto | {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": "auto"}
+    )
+    config = parse(["--accumulation_steps", "2", "--deepspeed_config", file])
+    assert (config.batch_size, config.accumulation_steps, config.mixed_precision) == (8, 2, "no")
+    assert isinstance(deepspeed_config.engine_options(config, 1)["steps_per_print"], int)
+
+
+def test_null_on_the_command_line_leaves_a_file_out(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"deepspeed_config: {written(tmp_path, FILE)}\n")
+    assert parse(["--config", str(preset)]).lr == 0.3
+    assert parse(["--config", str(preset), "--deepspeed_config", "null"]).lr == Config.default("lr")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--deepspeed"], "--deepspeed needs a file: type --deepspeed_config FILE.json"),
+        (
+            ["--deepspeed_config", "nowhere.json"],
+            "--deepspeed_config nowhere.json cannot be read: No such file",
+        ),
+        (["--deepspeed_config", __file__], "is not JSON: "),
+        (
+            ["--schedule", "deepspeed"],
+            "--schedule deepspeed needs a --deepspeed_config with a scheduler in it",
+        ),
+        (
+            ["--strategy", "stochastic_depth"],
+            "runs --min_blocks random pool blocks a step: type their number",
+        ),
+        (["--strategy", "zero1", "--optimizer_state", "reset"], "reset is not for --strategy zero1"),
+        (["--strategy", "fsdp", "--on_nan", "skip"], "--on_nan skip is not for --strategy fsdp"),
+        (["--strategy", "zero3", "--dtype", "float64"], "--strategy zero3 computes in float32"),
+        (["--strategy", "fsdp", "--min_blocks", "3"], "--min_blocks is for --strategy resist"),
+        (["--strategy", "fsdp", "--channels_last"], "--channels_last is not for FSDP2 and DeepSpeed here"),
+    ],
+)
+def test_wrong_calls(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse(argv)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.ranks
+def test_a_total_batch_that_the_ranks_do_not_make(ranks: Ranks, tmp_path: Path) -> None:
+    file = written(tmp_path, {"train_batch_size": 64, "zero_optimization": {"stage": 1}})
+    options = {
+        "strategy": "zero1",
+        "workers": None,
+        "deepspeed_config": file,
+        "output_dir": str(tmp_path / "r"),
+    }
+    first, second = ranks(outcome, 2, tmp_path, options)
+    assert (first.code, second) == (2, (2, ""))
+    assert "train_batch_size is 64, and 2 × --batch_size 8 is 16: leave it out" in first.stderr
+
+
+def test_deepspeeds_schedulers_give_the_rates() -> None:
+    rate = deepspeed_schedule(
+        "WarmupLR", {"warmup_max_lr": 0.5, "warmup_num_steps": 10, "warmup_type": "linear"}, 0.5
+    )
+    assert [rate(s) for s in (1, 6, 11, 50)] == pytest.approx([0.0, 0.25, 0.5, 0.5])
+    with pytest.raises(UserError, match=r"scheduler.params: .*no_such"):
+        deepspeed_schedule("WarmupLR", {"no_such": 1}, 0.5)
+
+
+def trains_while_the_file_goes(comm: Comm, options: dict[str, Any]) -> None:
+    """The file is deleted once the run is set up."""
+    trainer = Trainer(comm, Config(**(OPTIONS | options)))
+    Path(options["deepspeed_config"]).unlink()
+    trainer.run()
+    trainer.folder.release()
+
+
+@pytest.mark.ranks
+def test_a_file_that_goes_during_a_run_is_not_missed(ranks: Ranks, tmp_path: Path) -> None:
+    """It is read at the start; checkpoints keep what it said."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 4}}
+    options = RUN | {"workers": 2, "rounds": 2, "schedule": "deepspeed", "checkpoint_every": 1}
+    options |= {
+        "output_dir": str(tmp_path / "r"),
+        "deepspeed_config": written(tmp_path, {"scheduler": scheduler}),
+    }
+    ranks(trains_while_the_file_goes, 1, options)
+    for name in checkpoints(tmp_path / "r"):
+        state = json.loads((tmp_path / "r" / "checkpoints" / name / "state.json").read_text())
+        assert state["config"]["scheduler"] == scheduler
+
+
+@pytest.mark.ranks
+def test_a_run_follows_the_files_scheduler(ranks: Ranks, tmp_path: Path) -> None:
+    params = {"warmup_min_lr": 0, "warmup_max_lr": 0.1, "warmup_num_steps": "auto", "warmup_type": "linear"}
+    content = {"scheduler": {"type": "WarmupDecayLR", "params": params | {"total_num_steps": "auto"}}}
+    options = RUN | {
+        "workers": 2,
+        "schedule": "deepspeed",
+        "lr_warmup_steps": 4,
+        "output_dir": str(tmp_path / "r"),
+    }
+    ranks(saved.train, 1, options | {"deepspeed_config": written(tmp_path, content)})
+    state = json.loads((last(tmp_path / "r") / "state.json").read_text())
+    assert "deepspeed_config" not in state["config"]  # no path; but what it said of the learning rate:
+    assert state["config"]["scheduler"] == content["scheduler"]
+    rates = [line["lr"] for line in loss_log(tmp_path / "r") if line["kind"] == "round"]
+    # The rate of a round's last step: steps 1, 3, 5, 7 and 9 of 10, after four of warm-up.
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.1 * 4 / 6, 0.1 * 2 / 6], abs=1e-6)
+    content["scheduler"]["params"]["warmup_max_lr"] = 5.0
+    goes_on = {"resume": "auto", "override": "rounds", "rounds": 6}
+    (found,) = ranks(
+        outcome, 1, tmp_path, options | goes_on | {"deepspeed_config": written(tmp_path, content)}
+    )
+    assert found.code == 2 and "another scheduler than that of the checkpoint's run" in found.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stochastic depth.
+
+
+def depth_run(comm: Comm, options: dict[str, Any]) -> dict[str, Any]:
+    """Which pool blocks ran in each step, and what the run came to."""
+    trainer = Trainer(comm, Config(**(OPTIONS | options)))
+    engine = trainer.workers.engine
+    assert isinstance(engine, RandomDepth)
+    ran: list[list[int]] = []
+    for b, block in enumerate(engine._blocks):
+        block.conv1.register_forward_hook(
+            lambda *_, b=b: ran[-1].append(b) if engine.subnet.module.training else None
+        )
+    step = engine.step
+
+    def noted(*args: Any) -> Any:
+        ran.append([])
+        return step(*args)
+
+    engine.step = noted  # type: ignore[method-assign]
+    trainer.run()
+    trainer.folder.release()
+    return {
+        "ran": ran,
+        "scale": json.loads((last(trainer.folder.path) / "state.json").read_text())["test_scale"],
+    }
+
+
+@pytest.mark.ranks
+def test_stochastic_depth_runs_k_random_blocks_a_step(ranks: Ranks, tmp_path: Path) -> None:
+    options = RUN | {"strategy": "stochastic_depth", "min_blocks": 3, "output_dir": str(tmp_path / "whole")}
+    (found,) = ranks(depth_run, 1, options)
+    pool = Blueprint(OPTIONS["model"], 10).pool
+    assert found["scale"] == 3 / pool
+    expected = [
+        list(sample_partition(0, s, workers=math.ceil(pool / 3), pool=pool, min_blocks=3).blocks[0])
+        for s in range(10)
+    ]
+    assert found["ran"] == expected
+    assert len({tuple(blocks) for blocks in expected}) > 5
+    # A resumed run draws on; recomputation in the backward pass sees the same blocks.
+    place = {"output_dir": str(tmp_path / "run"), "activation_checkpointing": True}
+    ranks(saved.train, 1, options | place | {"rounds": 3})
+    ranks(saved.train, 1, options | place | {"resume": "auto", "override": "rounds"})
+    whole, run = tensors(last(tmp_path / "whole")), tensors(last(tmp_path / "run"))
+    for name, array in run.items():
+        np.testing.assert_allclose(array, whole[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.ranks
+def test_stochastic_depth_has_one_worker(ranks: Ranks, tmp_path: Path) -> None:
+    options = {
+        "strategy": "stochastic_depth",
+        "min_blocks": 3,
+        "workers": 2,
+        "output_dir": str(tmp_path / "r"),
+    }
+    (found,) = ranks(outcome, 1, tmp_path, options)
+    line = "error: --strategy stochastic_depth has one worker: type --workers 1, and start one rank\n"
+    assert found == (2, line)

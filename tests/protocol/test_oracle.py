@@ -1,0 +1,140 @@
+"""Real runs on several gloo ranks against the oracle, a plain simulation of the protocol in one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from resist_ds.comm import Comm
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import Partition
+from resist_ds.trainer import Trainer
+from tests.oracle import Outcome, arrays, held, simulate
+
+pytestmark = pytest.mark.ranks
+
+BASE: dict[str, Any] = {
+    "dataset": "synthetic",
+    "img_size": 8,
+    "model": "preact_resnet_small",
+    "batch_size": 8,
+    "local_steps": 3,
+    "rounds": 3,
+    "lr": 0.05,
+    "schedule": "constant",
+    "dtype": "float64",
+    "eval_every": 2,
+    "calibration_samples": 50,
+    "transit_mib": 1,
+    "log_with": "none",
+    "progress": False,
+    "cpu_threads": 1,
+}
+
+
+def train(comm: Comm, config: Config) -> dict[str, Any]:
+    """A rank's life: the deals that it really went through, and every tensor that its workers end up with."""
+    trainer = Trainer(comm, config)
+    deals = [trainer.net.deal]
+    hand_off = trainer.net.sync.hand_off
+
+    def spied(vectors: Any, now: Partition, then: Partition) -> None:
+        assert now == deals[-1]
+        deals.append(then)
+        hand_off(vectors, now, then)
+
+    trainer.net.sync.hand_off = spied  # type: ignore[method-assign]
+    result = trainer.run()
+    return {
+        "deals": deals,
+        "test": (result.loss, result.accuracy),
+        "threads": torch.get_num_threads(),
+        "owned": arrays(trainer.workers.owned(trainer.net.deal)),
+        "held": held(trainer),
+    }
+
+
+def assert_agreement(ranks: Any, size: int, folder: Path, tolerance: float, **options: Any) -> None:
+    """A real run on `size` ranks agrees with the oracle, each tensor to `tolerance` of its largest value."""
+    config = Config(**{**BASE, "workers": size, **options, "output_dir": str(folder)})
+    returned = ranks(train, size, config)
+    expected = simulate(config)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    for rank in returned:
+        assert rank["deals"] == expected.deals
+        assert rank["threads"] == config.cpu_threads  # no library has set another number
+    names = [name for rank in returned for name in rank["owned"]]
+    assert sorted(names) == sorted(expected.state), "each tensor is owned once"
+    workers = [worker for rank in returned for worker in rank["held"]]
+    assert workers == list(range(config.workers or 0))
+    for state in (state for rank in returned for state in (rank["owned"], *rank["held"].values())):
+        _assert_tensors(state, expected, tolerance, config.optimizer_state == "travel")
+
+    rounds = [line for line in lines if line["kind"] == "round"]
+    assert [line["round"] for line in rounds] == list(range(1, len(expected.train) + 1))
+    for line, (loss, accuracy) in zip(rounds, expected.train, strict=True):
+        assert line["train/loss"] == pytest.approx(loss, rel=tolerance, abs=0)
+        assert line["train/accuracy"] == accuracy
+    tests = {line["round"]: line for line in lines if line["kind"] == "eval"}
+    assert tests.keys() == expected.tests.keys()
+    for done, (loss, accuracy) in expected.tests.items():
+        assert tests[done]["eval/loss"] == pytest.approx(loss, rel=tolerance, abs=0)
+        assert tests[done]["eval/accuracy"] == accuracy
+        last = (tests[done]["eval/loss"], accuracy)
+    assert {rank["test"] for rank in returned} == {last}
+
+
+def _assert_tensors(state: dict[str, Any], expected: Outcome, tolerance: float, travel: bool) -> None:
+    for name, tensors in state.items():
+        wanted = expected.state[name]
+        assert tensors.keys() == wanted.keys() or not travel, name
+        for kind, want in wanted.items():
+            error = np.abs(tensors[kind] - want.numpy()).max() / max(float(want.abs().max()), 1e-9)
+            assert error <= tolerance, f"{kind} of {name} is off by {error:.1e} of its largest value"
+
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    # P = 8 blocks on two or four workers: one holder each. On three workers, one block has two holders.
+    "two": (2, {}),
+    "two-reset": (2, {"optimizer_state": "reset"}),
+    "two-overlap": (2, {"min_blocks": 6, "accumulation_steps": 4}),
+    "three": (3, {"schedule": "step", "local_steps": 4}),
+    "three-reset-overlap": (3, {"optimizer_state": "reset", "min_blocks": 5}),
+    "four-reset": (4, {"optimizer_state": "reset", "schedule": "step"}),
+    "four-overlap": (4, {"min_blocks": 3, "momentum": 0.5}),
+    "more-workers-than-ranks": (2, {"workers": 5, "local_steps": 2}),
+    "everything-held-by-all": (2, {"min_blocks": 8, "momentum": 0.0}),
+    "warm-up": (2, {"workers": 3, "warmup_rounds": 2, "rounds": 4, "local_steps": 2, "eval_every": 1}),
+    "adamw": (2, {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "min_blocks": 5}),
+    "adamw-reset": (2, {"optimizer": "adamw", "lr": 1e-3, "optimizer_state": "reset"}),
+    "options-of-training": (
+        2,
+        {
+            "clip_grad": 0.5,
+            "nesterov": True,
+            "label_smoothing": 0.1,
+            "schedule": "cosine",
+            "lr_warmup_steps": 4,
+            "channels_last": True,
+        },
+    ),
+    # post-activation nets, and odd pools
+    "basic": (3, {"model": "resist_test_basic", "img_size": 32}),
+    "bottleneck": (2, {"model": "resist_test_bottleneck", "img_size": 32, "min_blocks": 4}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_float64_a_run_is_the_simulation(ranks, tmp_path, case):
+    size, options = CASES[case]
+    assert_agreement(ranks, size, tmp_path, 1e-10, **options)
+
+
+@pytest.mark.parametrize(("size", "options"), [(2, {}), (3, {"min_blocks": 5, "optimizer_state": "reset"})])
+def test_in_float32_the_first_three_steps_are_the_simulation(ranks, tmp_path, size, options):
+    options |= {"dtype": "float32", "rounds": 3, "local_steps": 1, "eval_every": 1}
+    assert_agreement(ranks, size, tmp_path, 1e-5, **options)
