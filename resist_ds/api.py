@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from resist_ds.comm import Comm
 from resist_ds.engines.engine import TorchEngine
+from resist_ds.engines.place import place_workers
 from resist_ds.engines.workers import Workers
 from resist_ds.errors import RunError, UserError
 from resist_ds.nets.blueprint import Blueprint
@@ -110,7 +111,8 @@ class ResIST:
         assert config.num_classes is not None
         classes = config.num_classes
         blueprint = comm.agree(lambda: Blueprint(config.model, classes))
-        self._net = GlobalModel(comm, config, layout, blueprint, start)
+        self._workers = place_workers(comm, config, layout, blueprint, start)
+        self._net = GlobalModel(comm, config, layout, blueprint, start, self._workers)
         self._saver = self._net.saver(self._folder.checkpoints, background=False)
         comm.agree(lambda: start.make_way() if comm.rank == 0 else None)
         if comm.rank == 0:
@@ -124,12 +126,12 @@ class ResIST:
 
     def workers(self) -> Iterator[Turn]:
         """The workers that this rank plays, each in its turn; no communication. Go through all of them."""
-        engine = self._net.workers.engine
+        engine = self._workers.engine
         assert isinstance(engine, TorchEngine)
-        if self._config.optimizer_state == "reset" and isinstance(self._net.workers, Workers):
-            self._net.workers.reset_optimizer()
+        if self._config.optimizer_state == "reset" and isinstance(self._workers, Workers):
+            self._workers.reset_optimizer()
         self._spoilt = []
-        for worker in self._net.workers.turns():
+        for worker in self._workers.turns():
             self._waiting.add(worker.index)
             yield Turn(worker.index, engine.subnet.module, engine.subnet.optimizer)
             engine.subnet.optimizer.zero_grad(set_to_none=True)  # they are no part of a worker's state

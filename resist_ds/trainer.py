@@ -18,6 +18,7 @@ from resist_ds.comm import Comm
 from resist_ds.data.datasets import Data, download, load_data
 from resist_ds.data.order import Order, Position
 from resist_ds.engines.local import Tally, learning_rate, local_steps
+from resist_ds.engines.place import place_workers
 from resist_ds.engines.workers import Workers
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
 from resist_ds.memory import one_line_when_out
@@ -107,8 +108,8 @@ class Trainer:
         self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
 
         self._scheduled = comm.agree(self._deepspeed_schedule)
-        self.net = GlobalModel(comm, config, layout, blueprint, start)
-        self.workers = self.net.workers
+        self.workers = place_workers(comm, config, layout, blueprint, start)
+        self.net = GlobalModel(comm, config, layout, blueprint, start, self.workers)
         self.evaluation = Evaluation(comm, layout, blueprint, self.data, config)
         on_gpu = comm.device.type == "cuda"
         self.saver = self.net.saver(

@@ -3,7 +3,7 @@
 An engine works on one net that stays where it is; the workers of a rank take turns in it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resist_ds.nets.precision import autocast, is_finite
 from resist_ds.nets.subnet import Subnet, Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import sample_partition
@@ -30,17 +31,6 @@ class Engine(Protocol):
 
     def is_finite(self) -> bool:
         """Whether no weight and no optimizer state of this rank is NaN or Inf."""
-
-
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass under `--mixed_precision`.
-
-    Without its cache: that finds the cast of a weight by the tensor's identity, and evaluation puts one
-    block after the other into the same tensors.
-    """
-    dtypes = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[config.mixed_precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def micro_batches(x: Tensor, y: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
@@ -63,38 +53,34 @@ class Score:
         self.right += (logits.argmax(1) == y).sum()
 
 
-class TorchEngine:
-    """Torch's own step, in place on the sub-ResNet's vector.
+class TorchStep:
+    """A local step by torch's own autograd and optimizer, whoever keeps the parameters.
 
     Attributes:
-        forward: the module that is called; `Comm.data_parallel` may stand around the sub-ResNet's.
+        forward: the module that is called.
     """
 
-    def __init__(self, subnet: Subnet, config: Config):
-        self.subnet = subnet
-        self.forward: nn.Module = subnet.module
-        if config.compile:
-            self.forward = torch.compile(subnet.module)  # type: ignore[assignment]
+    def __init__(
+        self,
+        forward: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+    ):
+        self.forward = forward
+        self._parameters = parameters
+        self._optimizer = optimizer
         self._config = config
-        self._parameters = list(subnet.module.parameters())
-        self._scaler = torch.amp.GradScaler(subnet.vector.device.type, enabled=False)
-
-    def load(self, worker: Worker) -> None:
-        if worker.vector is not self.subnet.vector:
-            self.subnet.vector.copy_(worker.vector)
-        self._scaler = worker.scaler
-
-    def store(self, worker: Worker) -> None:
-        if worker.vector is not self.subnet.vector:
-            worker.vector.copy_(self.subnet.vector)
+        self._scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=False)
 
     def step(self, x: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-        config, optimizer = self._config, self.subnet.optimizer
+        """One local step on images [n, 3, …] and labels [n]; returns Σ loss (float64) and right answers."""
+        config, optimizer = self._config, self._optimizer
         score = Score(x.device)
         for group in optimizer.param_groups:
             group["lr"] = rate
         for x_part, y_part, last in micro_batches(x, y, config.accumulation_steps):
-            with nullcontext() if last else self._without_averaging():
+            with self._micro_batch(last):
                 with autocast(config, x.device):
                     logits = self.forward(x_part)
                     loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
@@ -108,12 +94,35 @@ class TorchEngine:
         optimizer.zero_grad(set_to_none=True)
         return score.loss, score.right
 
+    def _micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """The context of a micro-batch: ranks that average gradients do so behind the last one."""
+        return nullcontext()
+
+
+class TorchEngine(TorchStep):
+    """Torch's own step, in place on the sub-ResNet's vector; DistributedDataParallel may stand around it."""
+
+    def __init__(self, subnet: Subnet, config: Config):
+        forward: nn.Module = subnet.module
+        if config.compile:
+            forward = torch.compile(subnet.module)  # type: ignore[assignment]
+        super().__init__(forward, list(subnet.module.parameters()), subnet.optimizer, config)
+        self.subnet = subnet
+
+    def load(self, worker: Worker) -> None:
+        if worker.vector is not self.subnet.vector:
+            self.subnet.vector.copy_(worker.vector)
+        self._scaler = worker.scaler
+
+    def store(self, worker: Worker) -> None:
+        if worker.vector is not self.subnet.vector:
+            worker.vector.copy_(self.subnet.vector)
+
     def is_finite(self) -> bool:
         return is_finite(self.subnet.vector)
 
-    def _without_averaging(self) -> AbstractContextManager[Any]:
-        """The context of a micro-batch whose gradients the next one adds to, where ranks average them."""
-        return getattr(self.forward, "no_sync", nullcontext)()
+    def _micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else getattr(self.forward, "no_sync", nullcontext)()
 
 
 class RandomDepth(TorchEngine):
@@ -153,9 +162,3 @@ class RandomDepth(TorchEngine):
 
 def _skipped(x: Tensor) -> Tensor:
     return x
-
-
-def is_finite(vector: Tensor) -> bool:
-    """Whether no element is NaN or Inf; without a copy of it."""
-    low, high = torch.aminmax(vector)  # NaNs are propagated
-    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,36 +1,41 @@
 """FSDP2's engine: one net, every parameter of it spread over all ranks (`--strategy fsdp`)."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resist_ds.comm import Comm
-from resist_ds.engines.engine import Score, autocast, is_finite, micro_batches
+from resist_ds.engines.engine import TorchStep
 from resist_ds.engines.parallel import local, shard_fully, share, whole
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import is_finite
 from resist_ds.nets.subnet import OptimizerState, Worker, optimizer_of, use_batch_statistics
 from resist_ds.options.config import Config
 
 
-class FSDPEngine:
-    """The whole net under `fully_shard`, each residual block a unit of its own. Collective: all ranks."""
+class FSDPEngine(TorchStep):
+    """The whole net under `fully_shard`, each residual block a unit of its own.
+
+    A step is one of all ranks, on a batch of each. Collective: all ranks.
+    """
 
     def __init__(self, comm: Comm, blueprint: Blueprint, config: Config):
         """Spread an empty net. Collective: all ranks."""
-        self._config = config
         net = blueprint.subnet(blueprint.pool).to(getattr(torch, config.dtype))
         blocks = [part for part in net.modules() if type(part) in blueprint.family.branch_end]
-        self._net = shard_fully(comm, net, blocks)
+        self._sharded = shard_fully(comm, net, blocks)
         net.to_empty(device=comm.device)
         use_batch_statistics(net, like=torch.empty(0, dtype=getattr(torch, config.dtype), device=comm.device))
         if config.activation_checkpointing:
             net.set_grad_checkpointing()  # type: ignore[operator]
         net.train()
-        self._module = net
-        self._parameters = dict(net.named_parameters())
-        self._optimizer = optimizer_of(config, list(self._parameters.values()))
+        self._named = dict(net.named_parameters())
+        parameters = list(self._named.values())
+        super().__init__(net, parameters, optimizer_of(config, parameters), config)
         state = OptimizerState.of(config)
-        for parameter in self._parameters.values():
+        for parameter in self._parameters:
             kinds = self._optimizer.state[parameter] = {
                 kind: torch.zeros_like(parameter) for kind in state.vectors
             }
@@ -43,29 +48,14 @@ class FSDPEngine:
     def store(self, worker: Worker) -> None:
         """Nothing: it stays here."""
 
-    def step(self, x: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-        """One step of all ranks, on a batch of this rank's. Collective: all ranks."""
-        config, optimizer = self._config, self._optimizer
-        score = Score(x.device)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        for x_part, y_part, last in micro_batches(x, y, config.accumulation_steps):
-            self._net.set_requires_gradient_sync(last)
-            with autocast(config, x.device):
-                logits = self._module(x_part)
-                loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
-            (loss / config.accumulation_steps).backward()
-            score.add(logits, y_part, loss)
-        if config.clip_grad:
-            torch.nn.utils.clip_grad_norm_(self._parameters.values(), config.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return score.loss, score.right
-
     def is_finite(self) -> bool:
-        tensors = [local(p.detach()) for p in self._parameters.values()]
+        tensors = [local(p.detach()) for p in self._parameters]
         tensors += [local(t) for state in self._optimizer.state.values() for t in state.values()]
         return all(is_finite(tensor) for tensor in tensors if tensor.numel())
+
+    def _micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        self._sharded.set_requires_gradient_sync(last)
+        return nullcontext()
 
     @torch.no_grad()
     def get(self, name: str, kind: str) -> Tensor:
@@ -80,7 +70,7 @@ class FSDPEngine:
         local(tensor).copy_(share(value, tensor))
 
     def _tensor(self, name: str, kind: str) -> Tensor:
-        parameter = self._parameters[name]
+        parameter = self._named[name]
         found = parameter.detach() if kind == "parameter" else self._optimizer.state[parameter][kind]
         assert isinstance(found, Tensor)
         return found

@@ -6,19 +6,19 @@ other strategies.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.engines.engine import Engine
-from resist_ds.engines.workers import owned
 from resist_ds.nets.blueprint import Blueprint
-from resist_ds.nets.initial import Initialisation, Piece, Source
+from resist_ds.nets.initial import Piece, Source
 from resist_ds.nets.subnet import OptimizerState, StateDict, StateLayout, Subnet, Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, Partition
+from resist_ds.protocol.workers import RankWorkers, owned
 
 
 class SpreadEngine(Engine, Protocol):
@@ -31,10 +31,8 @@ class SpreadEngine(Engine, Protocol):
         """Put this rank's part of a value, which all ranks give whole, in its place."""
 
 
-class SpreadNet:
-    """One net on all ranks, trained in lockstep; the interface is that of `Workers`."""
-
-    copies = 0
+class SpreadNet(RankWorkers):
+    """One net on all ranks, trained in lockstep: its one worker on this rank has no vector in training."""
 
     def __init__(
         self,
@@ -45,11 +43,7 @@ class SpreadNet:
         deal: Partition,
         source: Source | None = None,
     ):
-        self._comm = comm
-        self._blueprint = blueprint
-        self._config = config
-        self._source = source or Initialisation(blueprint, config.seed)
-        self.layout = StateLayout.of(blueprint, config, deal.slots)
+        super().__init__(comm, layout, blueprint, config, deal, source)
         nothing = torch.empty(0, dtype=getattr(torch, config.dtype))
         scaler = torch.amp.GradScaler(comm.device.type, enabled=False)
         self._worker = Worker(comm.rank, nothing, scaler)
@@ -71,9 +65,13 @@ class SpreadNet:
                 self.engine.set(prefix + name, kind, value)
 
     @property
-    def loss_scales(self) -> dict[int, dict[str, Any]]:
-        """None: fp16 is refused."""
+    def vectors(self) -> dict[int, Tensor]:
+        """None: nothing is exchanged, all ranks hold the same at any time."""
         return {}
+
+    def resize(self, slots: int) -> None:
+        """Never: there are no warm-up rounds."""
+        raise AssertionError(slots)
 
     def turns(self) -> Iterator[Worker]:
         """The one worker of this rank."""

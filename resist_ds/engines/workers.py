@@ -9,8 +9,7 @@ Under `--on_nan skip` a worker's state at the start of the round stays in host m
 steps have turned out well: an idle worker's is there anyway, a lone worker's is copied.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,22 +18,21 @@ from torch import Tensor
 from resist_ds.comm import Comm
 from resist_ds.engines.engine import Engine, RandomDepth, TorchEngine
 from resist_ds.nets.blueprint import Blueprint
-from resist_ds.nets.initial import Initialisation, Piece, Source
+from resist_ds.nets.initial import Piece, Source
 from resist_ds.nets.subnet import StateDict, StateLayout, Subnet, Worker
 from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, Partition, spread
+from resist_ds.protocol.partition import Layout, Partition
+from resist_ds.protocol.workers import RankWorkers, owned
 
 
-class Workers:
-    """This rank's workers, at their initial state in the slots of `deal`.
+class Workers(RankWorkers):
+    """This rank's workers, at their initial state in the slots of the first round's deal.
 
     Args:
-        source: of the initial values; default: timm's initialisation under the run's seed.
         steps: local steps that the run has already done.
 
     Attributes:
         engine: that they take turns in.
-        copies: bytes of host memory for round-start copies that exist for nothing else.
     """
 
     def __init__(
@@ -47,10 +45,7 @@ class Workers:
         source: Source | None = None,
         steps: int = 0,
     ):
-        self._comm = comm
-        self._blueprint = blueprint
-        self._config = config
-        self._number = layout.workers
+        super().__init__(comm, layout, blueprint, config, deal, source)
         self._steps = steps
         mine = layout.workers_of(comm.rank)
         self._prepare(deal.slots)
@@ -59,15 +54,14 @@ class Workers:
             Worker(w, self._room(alone=len(mine) == 1), torch.amp.GradScaler(comm.device.type, enabled=fp16))
             for w in mine
         ]
-        source = source or Initialisation(blueprint, config.seed)
         for worker in self._workers:
-            self._fill(worker.vector, deal.blocks[worker.index], source)
+            self._fill(worker.vector, deal.blocks[worker.index])
         self._round_start: Tensor | None = None
         if config.on_nan == "skip" and self._workers[0].vector is self._in_place:
             self._round_start = self._room(alone=False)
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> int:  # type: ignore[override]
         return 0 if self._round_start is None else self._round_start.nbytes
 
     @property
@@ -113,7 +107,7 @@ class Workers:
         """Go on with the loss scales of a run; if it had another number of workers, with its smallest."""
         least = min(states, key=lambda state: state["scale"])
         for worker in self._workers:
-            same = len(states) == self._number
+            same = len(states) == self._ranks.workers
             worker.scaler.load_state_dict(states[worker.index] if same else least)
 
     def reset_optimizer(self) -> None:
@@ -175,33 +169,11 @@ class Workers:
         dtype = getattr(torch, self._config.dtype)
         return torch.zeros(self.layout.numel, dtype=dtype, pin_memory=self._comm.device.type == "cuda")
 
-    def _fill(self, vector: Tensor, blocks: tuple[int, ...], source: Source) -> None:
-        layout = self.layout
+    def _fill(self, vector: Tensor, blocks: tuple[int, ...]) -> None:
+        layout, source = self.layout, self._source
         _copy(source.shared(), layout.shared.tensors(layout.shared_part(vector)))
         for slot, block in enumerate(blocks):
             _copy(source.block(block), layout.block.tensors(layout.slot_part(vector, slot)))
-
-
-def owned(
-    blueprint: Blueprint, layout: StateLayout, vectors: Mapping[int, Tensor], deal: Partition
-) -> StateDict:
-    """What some workers own of the global model, as views of their vectors, by timm's names.
-
-    A pool block belongs to its owner, and the shared tensors, which all workers hold, are spread so
-    that all own about as much; every tensor of the global model is named on exactly one rank.
-    """
-    state: StateDict = {}
-    shared, block = layout.shared, layout.block
-    loads = [deal.owners.count(worker) * block.parameters for worker in range(deal.workers)]
-    owner = spread({name: math.prod(shape) for name, shape in shared.shapes}, loads)
-    for worker, vector in vectors.items():
-        tensors = shared.tensors(layout.shared_part(vector))
-        state |= {name: t for name, t in tensors.items() if owner[name] == worker}
-        for slot, b in enumerate(deal.blocks[worker]):
-            if deal.owners[b] == worker:
-                tensors = block.tensors(layout.slot_part(vector, slot))
-                state |= {blueprint.block_prefix(b) + name: t for name, t in tensors.items()}
-    return state
 
 
 def _copy(piece: Piece, views: StateDict) -> None:

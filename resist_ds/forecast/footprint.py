@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from resist_ds.engines.engine import autocast
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import autocast
 from resist_ds.nets.subnet import StateLayout, Subnet
 from resist_ds.options.config import Config
 

@@ -12,17 +12,15 @@ import torch
 
 from resist_ds.comm import Comm
 from resist_ds.data.order import Position
-from resist_ds.engines.engine import autocast, is_finite
-from resist_ds.engines.spread import SpreadNet
-from resist_ds.engines.workers import Workers
 from resist_ds.errors import UserError
-from resist_ds.memory import one_line_when_out
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import autocast, is_finite
 from resist_ds.nets.subnet import OptimizerState
 from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation, Result
 from resist_ds.protocol.partition import Layout, Partition, sample_partition
 from resist_ds.protocol.sync import Synchroniser
+from resist_ds.protocol.workers import RankWorkers
 from resist_ds.state.checkpoint import State, config_hash, versions
 from resist_ds.state.saver import Saver
 from resist_ds.state.start import Start
@@ -37,30 +35,27 @@ class GlobalModel:
         statistics, statistics_round: BatchNorm's, and the round after which they were estimated, or None.
     """
 
-    def __init__(self, comm: Comm, config: Config, layout: Layout, blueprint: Blueprint, start: Start):
-        """Place the workers. Collective: all ranks.
+    def __init__(
+        self,
+        comm: Comm,
+        config: Config,
+        layout: Layout,
+        blueprint: Blueprint,
+        start: Start,
+        workers: RankWorkers,
+    ):
+        """Collective: all ranks.
 
         Args:
             start: what the run begins from; its files are closed.
-
-        Raises:
-            UserError: the options ask for more than the model has.
+            workers: of this rank, placed by `deal_of` the start's round.
         """
-        if config.min_blocks > blueprint.pool:
-            raise UserError(
-                f"--min_blocks {config.min_blocks} is more than {config.model} has: "
-                f"type at most {blueprint.pool}, its pool blocks"
-            )
         self._comm = comm
         self._config = config
         self.layout = layout
         self.blueprint = blueprint
+        self.workers = workers
         self.deal = self.trained = self.partition(start.position.round)
-        if config.deepspeed_config is not None and config.way.partitions:
-            comm.alone  # noqa: B018  # made by all ranks together, before each makes its engine
-        self.workers = comm.agree(lambda: self._place_workers(start))
-        with one_line_when_out(comm.device, comm.rank):
-            self.workers.connect()
         dtype = getattr(torch, config.dtype)
         self.statistics = comm.agree(lambda: start.statistics(blueprint, dtype))
         self.statistics_round = start.state.statistics_round if start.state else None
@@ -75,10 +70,8 @@ class GlobalModel:
         )
 
     def partition(self, round: int) -> Partition:
-        """Who holds what in a round. Warm-up rounds are local SGD: they deal the whole pool to everyone."""
-        config, pool = self._config, self.blueprint.pool
-        least = pool if round < config.warmup_rounds else config.least_blocks(pool)
-        return sample_partition(config.seed, round, workers=self.layout.workers, pool=pool, min_blocks=least)
+        """Who holds what in a round."""
+        return deal_of(self._config, self.blueprint, self.layout.workers, round)
 
     @property
     def test_scale(self) -> float:
@@ -102,7 +95,6 @@ class GlobalModel:
         self.trained, self.deal = self.deal, self.partition(round + 1)
         if self._config.way.lockstep:  # all hold the same at any time
             return
-        assert isinstance(self.workers, Workers)
         self.sync.aggregate(self.workers.vectors, self.trained, dropped)
         self.sync.hand_off(self.workers.vectors, self.trained, self.deal)
         if self.deal.slots != self.trained.slots:  # warm-up is over
@@ -173,14 +165,18 @@ class GlobalModel:
             background=background,
         )
 
-    def _place_workers(self, start: Start) -> Workers | SpreadNet:
-        config, state = self._config, start.state
-        source = start.source(self.blueprint, config.test_scale(self.deal.slots, self.deal.pool))
-        with one_line_when_out(self._comm.device, self._comm.rank):
-            place = (self._comm, self.layout, self.blueprint, config, self.deal, source)
-            if config.way.spread:
-                return SpreadNet(*place)
-            workers = Workers(*place, start.position.step)
-        if state and state.loss_scales:
-            workers.set_loss_scales(state.loss_scales)
-        return workers
+
+def deal_of(config: Config, blueprint: Blueprint, workers: int, round: int) -> Partition:
+    """Who holds what in a round. Warm-up rounds are local SGD: they deal the whole pool to everyone.
+
+    Raises:
+        UserError: `--min_blocks` asks for more than the model has.
+    """
+    pool = blueprint.pool
+    if config.min_blocks > pool:
+        raise UserError(
+            f"--min_blocks {config.min_blocks} is more than {config.model} has: "
+            f"type at most {pool}, its pool blocks"
+        )
+    least = pool if round < config.warmup_rounds else config.least_blocks(pool)
+    return sample_partition(config.seed, round, workers=workers, pool=pool, min_blocks=least)

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from resist_ds.comm import Comm
-from resist_ds.engines.engine import TorchEngine, autocast
+from resist_ds.engines.engine import TorchEngine
 from resist_ds.engines.local import learning_rate, local_steps
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import autocast
 from resist_ds.nets.subnet import ALIGNMENT, StateLayout, Subnet, Worker, bind
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition

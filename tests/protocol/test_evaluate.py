@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resist_ds.comm import Comm
 from resist_ds.data.datasets import load_data
 from resist_ds.data.images import InMemory
-from resist_ds.engines import engine
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import autocast
 from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation, moments
 from resist_ds.protocol.partition import Layout, sample_partition
@@ -138,7 +138,7 @@ def evaluate(comm, config, *, order="given", tests=TESTS, workers=WORKERS, memor
     last = held.subnet.module.get_submodule(plan.family.after[-1])
     hook = last.register_forward_hook(lambda _, __, logits: seen.append(logits.double()))
     sent = comm.ledger["eval"]
-    precision = engine.autocast(config, torch.device("cpu"))
+    precision = autocast(config, torch.device("cpu"))
     result = evaluation.run(held.subnet, held.vectors, deal, deal.scale, precision, free=1 << 28)
     hook.remove()
 
