@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,10 +31,12 @@ from resist_ds.protocol.partition import Layout
 from resist_ds.signals import Signals
 from resist_ds.state.checkpoint import config_to_keep, folder_name
 from resist_ds.state.folder import RunFolder
+from resist_ds.state.policy import SavingPolicy
 from resist_ds.state.saver import Saved
 from resist_ds.state.start import Start
 from resist_ds.telemetry import report
-from resist_ds.telemetry.records import Meter, Telemetry
+from resist_ds.telemetry.meter import Meter
+from resist_ds.telemetry.records import Telemetry
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -116,8 +117,8 @@ class Trainer:
             self.folder.checkpoints,
             background=on_gpu if config.checkpoint_async is None else config.checkpoint_async,
         )
-        self._last_save = time.monotonic()
-        self._saved = start.position.round if start.here else 0  # round of the newest checkpoint here
+        newest = start.position.round if start.here else 0
+        self.saving = SavingPolicy(config, self.rounds, newest)
 
     def run(self, signals: Signals | None = None) -> Result | None:
         """Train to the end; returns the last evaluation, or None if all was done before.
@@ -265,9 +266,8 @@ class Trainer:
                 f"--img_size, or a --batch_size of at least {2 * config.accumulation_steps} "
                 "(2 for each accumulation step)"
             ) from error
-        minutes = (time.monotonic() - self._last_save) / 60
-        due = config.checkpoint_minutes is not None and minutes >= config.checkpoint_minutes
-        return Report(spoilt, signals.received if signals else None, due, self.saver.written)
+        asked = signals.received if signals else None
+        return Report(spoilt, asked, self.saving.due_by_clock, self.saver.written)
 
     def _spoilt(self, round: int, tally: Tally, worker: Worker) -> str | None:
         """Where in a round a worker first met NaN or Inf, if it did: in a loss, or in what it now holds.
@@ -303,19 +303,14 @@ class Trainer:
         return round + 1 == self.rounds or (every > 0 and (round + 1) % every == 0)
 
     def _checkpoint_is_due(self, round: int, by_clock: bool) -> bool:
-        every = self.config.checkpoint_every
-        if round + 1 == self.rounds or by_clock:
-            return True
-        if every is not None:
-            return every > 0 and (round + 1) % every == 0
         passes = [self._after(r).samples // self.data.train_size for r in (round - 1, round)]
-        return self.config.checkpoint_minutes is None and passes[0] < passes[1]
+        return self.saving.due(round + 1, new_pass=passes[0] < passes[1], by_clock=by_clock)
 
     def _save(self, round: int, telemetry: Telemetry, *, wait: bool) -> None:
         """Write the state at the start of the next round. Collective: all ranks."""
         self._settle(telemetry)
         telemetry.sync()
-        self._last_save = time.monotonic()
+        self.saving.begun()
         with self.meter.phase("save"):
             self.net.save(
                 self.saver,
@@ -325,7 +320,7 @@ class Trainer:
                 totals=telemetry.totals.to_keep(),
             )
             saved = self.saver.settle() if wait or not self.saver.background else None
-        self._saving = self._axes(round), self.comm.gather(self.meter.take())
+        self._in_flight = self._axes(round), self.comm.gather(self.meter.take())
         if saved is not None:
             self._tell(saved, telemetry)
 
@@ -336,21 +331,17 @@ class Trainer:
 
     def _tell(self, saved: Saved, telemetry: Telemetry) -> None:
         """Record how a save ended; raise `RunError` where the run must not go on without it."""
-        if saved.error is None:
-            self._saved = saved.round
-            telemetry.checkpoint(*self._saving, saved)
-            return
-        said = (
-            f"the checkpoint of round {saved.round} was not written ({saved.error}); older ones are as before"
-        )
-        if self.config.checkpoint_errors == "stop" or saved.round == self.rounds:
-            raise RunError(said)
-        telemetry.warn(said)
+        warning = self.saving.ended(saved)
+        if warning is None:
+            telemetry.checkpoint(*self._in_flight, saved)
+        else:
+            telemetry.warn(warning)
 
     def _stopped(self, round: int, signum: int, signals: Signals | None) -> Stopped:
         name, there = signal.Signals(signum).name, "there"
-        if self._saved <= round:  # the warning before has said why
-            there = f"round {self._saved}" if self._saved else "nothing: no checkpoint was written"
+        newest = self.saving.newest
+        if newest <= round:  # the warning before has said why
+            there = f"round {newest}" if newest else "nothing: no checkpoint was written"
         elif signals:
             signals.saved()
         return Stopped(

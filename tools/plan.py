@@ -108,7 +108,8 @@ def plan(given: argparse.Namespace) -> "Plan":
     config = Config(**{name: getattr(given, name) for name in (*shared, "mixed_precision")})
     Config(img_size=given.img_size, num_classes=given.num_classes)  # checks them
 
-    from resist_ds.forecast.plan import BANDWIDTHS, MEMORIES, SPEEDS, Plan, Question, quantity
+    from resist_ds.forecast.plan import Plan, Question
+    from resist_ds.forecast.units import BANDWIDTHS, MEMORIES, SPEEDS, quantity
     from resist_ds.nets.blueprint import (  # after parsing, so that a mistake answers at once
         CIFAR_NETS,
         Blueprint,
@@ -127,7 +128,8 @@ def plan(given: argparse.Namespace) -> "Plan":
 
 def render(plan: "Plan", given: argparse.Namespace) -> str:
     """All that is printed."""
-    from resist_ds.forecast.plan import DEALS
+    from resist_ds.forecast.advice import advice
+    from resist_ds.forecast.traffic import DEALS
 
     question, config = plan.question, plan.question.config
     blueprint = question.blueprint
@@ -148,14 +150,14 @@ def render(plan: "Plan", given: argparse.Namespace) -> str:
         lines.append(_table(chosen))
     transit = f"{max(p.transit for p in plan.predictions) / 2**20:,.0f} MiB"
     lines += ["", FOOTNOTES.format(transit=transit, bandwidth=given.bandwidth, deals=DEALS)]
-    advice = plan.advice()
+    advised = advice(plan)
     lines += [
         "",
         f"predicted to suit --strategy resist with {given.memory} and {given.bandwidth} a rank:",
     ]
-    if not advice:
+    if not advised:
         lines.append(f"  none: not even a batch of 2 fits in {given.memory}; type more --workers")
-    for item in advice:
+    for item in advised:
         value = str(item.value).lower()
         lines.append(f"  --{item.option} {value}: {item.reason}")
     return "\n".join(lines)
@@ -163,6 +165,8 @@ def render(plan: "Plan", given: argparse.Namespace) -> str:
 
 def record(plan: "Plan", given: argparse.Namespace) -> dict[str, Any]:
     """What --json writes."""
+    from resist_ds.forecast.advice import advice
+
     return {
         "predicted": True,
         "options": {k: v for k, v in vars(given).items() if k != "json"},
@@ -171,7 +175,7 @@ def record(plan: "Plan", given: argparse.Namespace) -> dict[str, Any]:
         "img_size": plan.question.img_size,
         "num_classes": plan.question.blueprint.num_classes,
         "rows": [row(p) for p in plan.predictions],
-        "advice": [asdict(item) for item in plan.advice()],
+        "advice": [asdict(item) for item in advice(plan)],
     }
 
 

@@ -174,6 +174,12 @@ class StateLayout:
             self.slot_part(vector, slot)[self.block.parameters :].zero_()
 
 
+def itemsize(config: Config) -> int:
+    """Bytes of an element of a worker's state."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype.itemsize
+
+
 class Worker:
     """One sub-ResNet's training state.
 

@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, a tracker (wandb first), a progress bar. Rank 0 writes.
 
-The keys are the same everywhere. A round's figures come from all ranks: seconds are those of the slowest
-rank, bytes are summed, peaks are per rank and of the largest.
+The keys are the same everywhere.
 """
 
 import importlib.util
@@ -10,162 +9,22 @@ import math
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from resist_ds.comm import Comm
-from resist_ds.engines.local import Tally
 from resist_ds.errors import UserError
-from resist_ds.memory import GIB, PeakMemory
 from resist_ds.options.config import Config
 from resist_ds.state.saver import Saved
 from resist_ds.state.start import Start
 from resist_ds.telemetry import tracker
-
-SYNC = ("aggregate", "hand_off", "gradients")  # kinds of exchange that training needs
-PHASES = ("local", "sync", "eval", "save")
-
-
-@dataclass
-class Figures:
-    """One rank's measurements over an interval: a round, or an evaluation.
-
-    Attributes:
-        tallies: training tally of each worker that the rank plays.
-        seconds, peak, reserved: per phase; bytes of memory.
-        sent: bytes sent to other ranks, by kind of exchange.
-    """
-
-    tallies: dict[int, Tally] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak: dict[str, int] = field(default_factory=dict)
-    reserved: dict[str, int] = field(default_factory=dict)
-    sent: Counter[str] = field(default_factory=Counter)
-
-
-class Meter:
-    """Measures the phases of this rank.
-
-    Attributes:
-        baseline: bytes in use before the run has begun: on a CPU, what the imports alone take.
-    """
-
-    def __init__(self, comm: Comm):
-        self._comm = comm
-        self._memory = PeakMemory(comm.device)
-        self._figures = Figures()
-        self._trained = 0
-        self._memory.reset()
-        self.baseline, _ = self._memory.read()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and take its peak of memory; the device is waited for at its end."""
-        self._memory.reset()
-        start = time.perf_counter()
-        yield
-        if self._comm.device.type == "cuda":
-            torch.cuda.synchronize(self._comm.device)
-        self._figures.seconds[name] = time.perf_counter() - start
-        self._figures.peak[name], self._figures.reserved[name] = self._memory.read()
-        if name == "local":
-            self._trained = max(self._trained, self._figures.peak[name])
-
-    @property
-    def free(self) -> int:
-        """Bytes below the highest peak of training, at the moment."""
-        return max(0, self._trained - self._memory.now())
-
-    def tally(self, worker: int, tally: Tally) -> None:
-        self._figures.tallies[worker] = tally
-
-    def take(self) -> Figures:
-        """The figures since the last call."""
-        figures, self._figures = self._figures, Figures()
-        figures.sent = Counter(self._comm.ledger)
-        self._comm.ledger.clear()
-        return figures
-
-
-def _slowest(ranks: Sequence[Figures], phase: str) -> float:
-    return max(f.seconds.get(phase, 0.0) for f in ranks)
-
-
-def memory_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
-    """mem/… keys: peaks over the interval's phases, GiB; of the largest rank, and of each."""
-    peaks = [max(f.peak.values()) for f in ranks]
-    metrics = {"mem/peak_gib": max(peaks) / GIB}
-    metrics["mem/reserved_gib"] = max(max(f.reserved.values()) for f in ranks) / GIB
-    for phase in PHASES:
-        if any(phase in f.peak for f in ranks):
-            metrics[f"mem/{phase}_gib"] = max(f.peak.get(phase, 0) for f in ranks) / GIB
-    return metrics | {f"mem/peak_gib/rank{rank}": peak / GIB for rank, peak in enumerate(peaks)}
-
-
-def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
-    """train/…, perf/…, comm/… and mem/… keys of a round from all ranks' figures."""
-    tallies = dict(sorted(item for f in ranks for item in f.tallies.items())).values()
-    images = sum(t.images for t in tallies)
-    local, sync = _slowest(ranks, "local"), _slowest(ranks, "sync")
-    each = images or math.nan  # a round that was dropped for all workers has no loss
-    return {
-        "train/loss": math.fsum(t.loss for t in tallies) / each,
-        "train/accuracy": sum(t.right for t in tallies) / each,
-        "perf/samples_per_s": images / (local + sync),
-        "perf/local_s": local,
-        "perf/sync_s": sync,
-        "comm/bytes_round": sum(f.sent[kind] for f in ranks for kind in SYNC),
-        **memory_metrics(ranks),
-    }
-
-
-@dataclass
-class Totals:
-    """What a run has come to so far, from all ranks' figures.
-
-    Attributes:
-        images, seconds: per worker, of its local steps.
-        peak: per phase and rank, bytes.
-        bytes_round, bytes_total: bytes of synchronisation alone, and of everything.
-        skipped: rounds of workers that were dropped (`--on_nan skip`).
-        wall: seconds that the run has lasted.
-        accuracy: of every evaluation, in order; of a resumed run, the best and the last one before.
-    """
-
-    images: Counter[int] = field(default_factory=Counter)
-    seconds: Counter[int] = field(default_factory=Counter)
-    peak: dict[tuple[str, int], int] = field(default_factory=dict)
-    bytes_sync: int = 0
-    bytes_total: int = 0
-    rounds: int = 0
-    skipped: int = 0
-    wall: float = 0.0
-    accuracy: list[float] = field(default_factory=list)
-
-    def to_keep(self) -> dict[str, Any]:
-        """What a checkpoint takes along: the totals of the run, not of this process."""
-        accuracy = [max(self.accuracy), self.accuracy[-1]] if self.accuracy else []
-        kept = {"bytes_total": self.bytes_total, "skipped": self.skipped, "wall": self.wall}
-        return {**kept, "accuracy": accuracy}
-
-    def add(self, ranks: Sequence[Figures]) -> None:
-        for rank, figures in enumerate(ranks):
-            for worker, tally in figures.tallies.items():
-                self.images[worker] += tally.images
-                self.seconds[worker] += tally.seconds  # type: ignore[assignment]
-            for phase, peak in figures.peak.items():
-                self.peak[phase, rank] = max(peak, self.peak.get((phase, rank), 0))
-            self.bytes_sync += sum(figures.sent[kind] for kind in SYNC)
-            self.bytes_total += figures.sent.total()
+from resist_ds.telemetry.meter import Figures, Totals, memory_metrics, round_metrics, slowest
 
 
 class Telemetry:
@@ -252,7 +111,7 @@ class Telemetry:
             "eval/loss": loss,
             "eval/accuracy": accuracy,
             "eval/best_accuracy": max(self.totals.accuracy),
-            "perf/eval_s": _slowest(ranks, "eval"),
+            "perf/eval_s": slowest(ranks, "eval"),
             "comm/bytes_eval": sum(f.sent["eval"] for f in ranks),
             **memory_metrics(ranks),
         }

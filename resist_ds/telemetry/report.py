@@ -17,13 +17,14 @@ from resist_ds import __version__
 from resist_ds.comm import Comm
 from resist_ds.data.datasets import Data
 from resist_ds.forecast.footprint import Device
-from resist_ds.forecast.plan import expected, sent_per_round
+from resist_ds.forecast.plan import expected
+from resist_ds.forecast.traffic import sent_per_round
 from resist_ds.memory import GIB
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, Partition, slots_for
 from resist_ds.state.start import Start
-from resist_ds.telemetry.records import PHASES, Totals
+from resist_ds.telemetry.meter import PHASES, Totals
 
 
 @dataclass(frozen=True)

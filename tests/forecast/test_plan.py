@@ -26,18 +26,11 @@ from resist_ds.engines.engine import TorchEngine
 from resist_ds.engines.local import local_steps
 from resist_ds.engines.parallel import data_parallel
 from resist_ds.engines.spread import SpreadNet
+from resist_ds.forecast.advice import advice
 from resist_ds.forecast.footprint import Device, Footprints, count
-from resist_ds.forecast.plan import (
-    BANDWIDTHS,
-    BY_FORMULA,
-    MEMORIES,
-    SPEEDS,
-    STRATEGIES,
-    Plan,
-    Question,
-    quantity,
-    sent_per_step,
-)
+from resist_ds.forecast.plan import BY_FORMULA, STRATEGIES, Plan, Question
+from resist_ds.forecast.traffic import sent_per_step
+from resist_ds.forecast.units import BANDWIDTHS, MEMORIES, SPEEDS, quantity
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, Subnet, Worker
 from resist_ds.options.config import Config
@@ -319,7 +312,7 @@ def test_bytes_by_formula() -> None:
 
 
 def advised(plan: Plan) -> dict[str, Any]:
-    return {item.option: item.value for item in plan.advice()}
+    return {item.option: item.value for item in advice(plan)}
 
 
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.8, 0.95, 1.5])

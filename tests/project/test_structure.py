@@ -1,6 +1,7 @@
 """The house rules that a reader relies on: who may communicate, and what starts fast."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,75 @@ PACKAGE = ROOT / "resist_ds"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text()))
+
+
 def imported(path: Path) -> set[str]:
     """Dotted names of everything a module imports, wherever in it."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            module = f"resist_ds.{node.module}" if node.level else node.module
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+# From the top down.
+WINGS = ("telemetry", "forecast", "engines", "protocol", "state", "nets", "data", "options")
+    "telemetry",
+    "forecast",
+    "engines",
+    "protocol",
+    "state",
+    "nets",
+    "data",
+    "options",
+)  # from the top down
+ABOVE = {
+    "__main__",
+    "trainer",
+    "api",
+}  # the modules at the root that stand on the wings; the others are below
+
+
+def floor(module: str) -> int:
+    """How high a module of the package stands; 0 is the ground."""
+    wing = module.split(".")[1]
+    return len(WINGS) + 1 if wing in ABOVE else len(WINGS) - WINGS.index(wing) if wing in WINGS else 0
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def uses(path: Path) -> set[str]:
+    """The modules of the package that a module imports, wherever in it."""
+    known = {dotted(module) for module in MODULES}
+    return (imported(path) & known) - {dotted(path)}
+
+
+def test_imports_run_downwards() -> None:
+    """Whoever reads a wing need not know those above it. (`from resist_ds import ResIST` is the front door.)"""
+    upwards = [
+        f"{dotted(path)} imports {other}"
+        for path in MODULES
+        if path != PACKAGE / "__init__.py"
+        for other in uses(path)
+        if floor(other) > floor(dotted(path))
+    ]
+    assert not upwards
+    assert not [
+        path for path in MODULES if any(isinstance(n, ast.ImportFrom) and n.level for n in nodes(path))
+    ]
+
+
+def test_the_house_has_these_rooms() -> None:
+    """A module belongs to a wing, or is one of the few that all of them stand on or that stand on all."""
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert folders == set(WINGS)
+    assert len([*PACKAGE.glob("*.py")]) <= 12
 
 
 def test_who_may_import_what_communicates() -> None:

@@ -19,7 +19,7 @@ from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, elements_sent, sample_partition
 from resist_ds.state.checkpoint import Checkpoint
 from resist_ds.state.export import export
-from resist_ds.telemetry.records import Meter
+from resist_ds.telemetry.meter import Meter
 from resist_ds.trainer import Trainer
 from tests.conftest import Ranks
 from tests.forecast.test_plan import Live

@@ -23,7 +23,8 @@ from resist_ds.memory import GIB
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options.config import Config
 from resist_ds.telemetry import report
-from resist_ds.telemetry.records import Figures, Telemetry, round_metrics
+from resist_ds.telemetry.meter import Figures, round_metrics
+from resist_ds.telemetry.records import Telemetry
 from resist_ds.trainer import Trainer
 from tests.conftest import Ranks, run_ranks
 

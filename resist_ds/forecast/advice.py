@@ -1,0 +1,112 @@
+"""Options of a resist run for a memory and a link, by simple rules over what `plan` predicts."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from resist_ds.forecast.plan import Plan, Prediction, Question
+from resist_ds.forecast.traffic import sent_per_round, sent_per_step
+
+USABLE = 0.9  # share of the memory that the advice fills: workspaces and gaps of the allocator come on top
+COMMUNICATION_SHARE = 0.1  # of a round's time that the advice allows for; and of ddp's bytes per image
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A value of an option, and why."""
+
+    option: str
+    value: int | bool
+    reason: str
+
+
+def advice(plan: Plan) -> list[Advice]:
+    """Options of a resist run for the memory and the link, by simple rules; empty where nothing fits."""
+    question, config, pool = plan.question, plan.question.config, plan.question.blueprint.pool
+    workers, asked = max(question.workers), config.batch_size
+    fewest, room = question.slots(workers), USABLE * question.memory
+
+    def needs(batch: int, checkpointing: bool, slots: int = fewest) -> int:
+        return plan.predict(
+            "resist", workers, slots=slots, batch=batch, activation_checkpointing=checkpointing
+        ).peak
+
+    # A smaller batch is slow as well, and another optimization problem: checkpointing comes first.
+    checkpointing = needs(asked, False) > room
+    largest = _largest_power_of_two(lambda batch: needs(batch, checkpointing) <= room)
+    if largest < 2:  # a single image has no batch statistics
+        return []
+    as_asked = needs(asked, checkpointing) <= room
+    batch = asked if as_asked else largest
+    slots = max(k for k in range(fewest, pool + 1) if k == fewest or needs(batch, checkpointing, k) <= room)
+    if slots == pool:  # memory asks for no partition; so the link decides
+        slots, depth = (
+            fewest,
+            f"all {pool} would fit too; K = {fewest} has the fewest bytes and multiply-adds",
+        )
+    else:
+        depth = f"K = {slots} of {pool} is the most that fits: {_mib(needs(batch, checkpointing, slots))}"
+    chosen = plan.predict("resist", workers, slots=slots, batch=batch, activation_checkpointing=checkpointing)
+    steps, link = _local_steps(question, chosen, batch)
+    return [
+        Advice("workers", workers, "the most asked for: most images a round, fewest blocks a worker"),
+        Advice(
+            "activation_checkpointing",
+            checkpointing,
+            f"without it {asked} images need {_mib(needs(asked, False))}; {_mib(room)} are counted on "
+            f"({100 * USABLE:.0f} % of the memory)",
+        ),
+        Advice(
+            "batch_size",
+            batch,
+            f"{'as asked' if as_asked else 'the largest power of two that fits'}: "
+            f"{_mib(needs(batch, checkpointing))} at K = {fewest}, which has room for {largest}",
+        ),
+        Advice(
+            "min_blocks",
+            slots if slots > fewest else config.min_blocks,
+            f"{depth}; sends {_relative(question, workers, slots)} of local SGD's bytes",
+        ),
+        Advice("local_steps", steps, link),
+    ]
+
+
+def _relative(question: Question, workers: int, slots: int) -> str:
+    blueprint, config = question.blueprint, question.config
+    full = sent_per_round(blueprint, config, workers, blueprint.pool)
+    share = sent_per_round(blueprint, config, workers, slots) / full if full else 1.0
+    return f"{100 * share:.0f} %"
+
+
+def _local_steps(question: Question, chosen: Prediction, batch: int) -> tuple[int, str]:
+    """ℓ, and why."""
+    if chosen.computation is not None:
+        step = chosen.computation / question.config.local_steps
+        # c ≤ s(c + ℓt)
+        steps = math.ceil((1 / COMMUNICATION_SHARE - 1) * chosen.communication / step)
+        share = chosen.communication / (chosen.communication + max(1, steps) * step)
+        why = (
+            f"the fewest with at most {100 * COMMUNICATION_SHARE:.0f} % of a round's time for "
+            f"communication: {100 * share:.1f} %"
+        )
+    else:
+        ddp = sent_per_step("ddp", question.blueprint, question.config, chosen.workers)
+        steps = math.ceil(chosen.sent_round / (COMMUNICATION_SHARE * ddp)) if ddp else 1
+        each = chosen.sent_round / (chosen.workers * batch * max(1, steps))
+        why = (
+            f"the fewest that send at most {100 * COMMUNICATION_SHARE:.0f} % of ddp's bytes per image: "
+            f"{each / 1e3:,.1f} kB each (with --flops: by time)"
+        )
+    return max(1, steps), why
+
+
+def _largest_power_of_two(fits: Callable[[int], bool]) -> int:
+    """The largest power of two that fits; 0 where not even 1 does."""
+    found = 0
+    while fits(max(1, 2 * found)):
+        found = max(1, 2 * found)
+    return found
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,64 @@
+"""Bytes that all ranks will send: counted on the deals, or what rings send in each step. Predicted."""
+
+import math
+from itertools import pairwise
+from statistics import fmean
+
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.subnet import StateLayout, itemsize
+from resist_ds.options.config import Config
+from resist_ds.protocol.partition import Layout, elements_sent, sample_partition
+
+DEALS = 21  # whose hand-offs the bytes of a round are the mean of: rounds differ by what happens to stay
+
+
+def sent_per_round(
+    blueprint: Blueprint, config: Config, workers: int, min_blocks: int, where: Layout | None = None
+) -> float:
+    """Bytes of a synchronisation, by all ranks: the mean over the run's first rounds.
+
+    Args:
+        where: the workers are played; default: each on a rank of its own.
+    """
+    layout = StateLayout.of(blueprint, config, slots=1)
+    travel = config.optimizer_state == "travel"
+    deals = [
+        sample_partition(config.seed, r, workers=workers, pool=blueprint.pool, min_blocks=min_blocks)
+        for r in range(DEALS)
+    ]
+    block, shared = layout.block.exchanged(travel), layout.shared.exchanged(travel)
+    where = where or Layout(workers, workers)
+    return itemsize(config) * fmean(
+        elements_sent(now, then, where, block=block, shared=shared) for now, then in pairwise(deals)
+    )
+
+
+def sent_per_step(strategy: str, blueprint: Blueprint, config: Config, ranks: int) -> int:
+    """Bytes of a step of a strategy that communicates in each, by all ranks: those of rings.
+
+    A ring's all-gather or reduce-scatter of n bytes sends (R − 1)n over all ranks, its all-reduce twice that.
+    """
+    everything = blueprint.parameters * itemsize(config)
+    if strategy == "ddp":
+        return ranks * (2 * (ranks - 1) * everything // ranks)  # as the ledger counts a bucket
+    if strategy == "fsdp":
+        root, *blocks = fsdp_units(blueprint, ranks)
+        # The root's parameters stay from forward to backward; a block's are gathered for each.
+        return (ranks - 1) * (2 * root + 3 * sum(blocks)) * itemsize(config)
+    # ZeRO-1, -2: DeepSpeed all-reduces buckets of gradients, and gathers the updated weights. ZeRO-3 gathers
+    # in both passes, at most: what it keeps, or has not dropped yet, travels once.
+    return (ranks - 1) * everything * 3
+
+
+def fsdp_units(blueprint: Blueprint, ranks: int) -> list[int]:
+    """Elements of the root and of each residual block under `fully_shard`.
+
+    It cuts tensors along their first dimension and pads that to a multiple of R.
+    """
+    net = blueprint.subnet(blueprint.pool)
+    blocks = [name for name, part in net.named_modules() if type(part) in blueprint.family.branch_end]
+    sizes = dict.fromkeys(["", *blocks], 0)
+    for name, shape in blueprint.shapes.items():
+        unit = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        sizes[unit] += -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
+    return list(sizes.values())
