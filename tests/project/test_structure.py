@@ -29,20 +29,8 @@ def imported(path: Path) -> set[str]:
 
 # From the top down.
 WINGS = ("telemetry", "forecast", "engines", "protocol", "state", "nets", "data", "options")
-    "telemetry",
-    "forecast",
-    "engines",
-    "protocol",
-    "state",
-    "nets",
-    "data",
-    "options",
-)  # from the top down
-ABOVE = {
-    "__main__",
-    "trainer",
-    "api",
-}  # the modules at the root that stand on the wings; the others are below
+# The modules at the root that stand on the wings; all others there are below them.
+ABOVE = {"__main__", "trainer", "api"}
 
 
 def floor(module: str) -> int:
@@ -62,7 +50,7 @@ def uses(path: Path) -> set[str]:
 
 
 def test_imports_run_downwards() -> None:
-    """Whoever reads a wing need not know those above it. (`from resist_ds import ResIST` is the front door.)"""
+    """Whoever reads a wing need not know those above it. (The package itself is the front door.)"""
     upwards = [
         f"{dotted(path)} imports {other}"
         for path in MODULES
