@@ -20,7 +20,7 @@ from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout
 from resist_ds.options import strategy as ways
 from resist_ds.options.config import Config
-from resist_ds.options.deepspeed_config import read
+from resist_ds.options.deepspeed_file import read
 from resist_ds.options.presets import PRESETS
 from resist_ds.protocol.partition import Layout, elements_sent, sample_partition, slots_for
 from resist_ds.protocol.sync import MEAN_CHUNK

@@ -40,7 +40,7 @@ def test_who_may_import_what_communicates() -> None:
         "data/order.py",
         "errors.py",
         "options/strategy.py",
-        "options/deepspeed_config.py",
+        "options/deepspeed_file.py",
         "options/presets.py",
     ],
 )
