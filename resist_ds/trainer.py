@@ -16,6 +16,7 @@ from torch import Tensor
 from resist_ds.comm import Comm
 from resist_ds.data.datasets import Data, download, load_data
 from resist_ds.data.order import Order, Position
+from resist_ds.engines.deepspeed_options import resolved, scheduler_of
 from resist_ds.engines.local import Tally, learning_rate, local_steps
 from resist_ds.engines.place import place_workers
 from resist_ds.engines.workers import Workers
@@ -24,7 +25,6 @@ from resist_ds.memory import one_line_when_out
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import Worker
 from resist_ds.options.config import Config
-from resist_ds.options.deepspeed_config import resolved, scheduler_of
 from resist_ds.protocol.evaluate import Evaluation, Result
 from resist_ds.protocol.global_model import GlobalModel
 from resist_ds.protocol.partition import Layout

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resist_ds.comm import Comm, Ledger
+from resist_ds.engines.deepspeed_options import engine_options
 from resist_ds.engines.engine import Score, micro_batches
 from resist_ds.engines.parallel import deepspeed_counted, deepspeed_engine
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.precision import is_finite
 from resist_ds.nets.subnet import OptimizerState, StateLayout, Worker, optimizer_of, use_batch_statistics
 from resist_ds.options.config import Config
-from resist_ds.options.deepspeed_config import engine_options
 
 
 class ZeroEngine:

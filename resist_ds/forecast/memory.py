@@ -9,7 +9,7 @@ from resist_ds.forecast.traffic import fsdp_units
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
-from resist_ds.options.deepspeed_config import read
+from resist_ds.options.deepspeed_file import read
 from resist_ds.options.presets import PRESETS
 from resist_ds.protocol.sync import MEAN_CHUNK
 

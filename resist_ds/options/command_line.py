@@ -21,7 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from resist_ds.errors import UserError
 from resist_ds.options.config import CHOICES, FIELDS, TYPES, Config
-from resist_ds.options.deepspeed_config import options_of
+from resist_ds.options.deepspeed_file import DeepSpeedFile
 from resist_ds.options.presets import find
 
 
@@ -73,8 +73,8 @@ def _deepspeed_file(options: Sequence[_Given]) -> list[_Given]:
         return []
     file = named[-1]
     typed = [given.value for given in options if given.name == "accumulation_steps"]
-    found = options_of(file, int(typed[-1]) if typed and typed[-1].isdecimal() else 1).items()
-    return [_Given(option, str(value), f"{file}: {name}") for option, (name, value) in found]
+    found = DeepSpeedFile(file, int(typed[-1]) if typed and typed[-1].isdecimal() else 1).options
+    return [_Given(option, str(value), f"{file}: {name}") for option, (name, value) in found.items()]
 
 
 def _command_line(argv: Sequence[str]) -> Iterator[_Given]:

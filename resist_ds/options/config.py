@@ -16,7 +16,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from resist_ds.errors import UserError
-from resist_ds.options.deepspeed_config import check as check_deepspeed
+from resist_ds.options.deepspeed_file import DeepSpeedFile
 from resist_ds.options.strategy import STRATEGIES, Strategy
 
 T = TypeVar("T")
@@ -309,7 +309,17 @@ class Config:
             raise UserError("--channels_last is not for FSDP2 and DeepSpeed here: leave it out")
         if self.way.stage and self.dtype == "float64":
             raise UserError(f"--strategy {strategy} computes in float32: type --dtype float32")
-        check_deepspeed(self)
+        self._check_deepspeed_file()
+
+    def _check_deepspeed_file(self) -> None:
+        file = self.deepspeed_config
+        if file is None:
+            if self.schedule == "deepspeed":
+                raise UserError("--schedule deepspeed needs a --deepspeed_config with a scheduler in it")
+            return
+        found = DeepSpeedFile(file, self.accumulation_steps)
+        for words in found.contradictions(self.to_dict(), self.strategy, self.way.stage):
+            raise UserError(f"{file}: {words}")
 
     @property
     def way(self) -> Strategy:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from resist_ds.comm import Comm
+from resist_ds.engines import deepspeed_options
 from resist_ds.engines.engine import RandomDepth
 from resist_ds.engines.parallel import deepspeed_schedule
 from resist_ds.errors import UserError
 from resist_ds.nets.blueprint import Blueprint
-from resist_ds.options import deepspeed_config
 from resist_ds.options.command_line import parse
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import sample_partition
@@ -287,14 +287,14 @@ def test_a_file_says_what_options_say(tmp_path: Path) -> None:
     assert found == (32, 8, 0.5, "bf16")
     assert (config.optimizer, config.lr, config.momentum) == ("sgd", 0.3, 0.8)
     assert (config.weight_decay, config.nesterov, config.schedule) == (0.01, True, "deepspeed")
-    given = deepspeed_config.engine_options(config, ranks=3)
+    given = deepspeed_options.engine_options(config, ranks=3)
     assert given["train_micro_batch_size_per_gpu"] == 4 and given["gradient_accumulation_steps"] == 8
     assert given["zero_optimization"] == FILE["zero_optimization"] and given["bf16"] == {"enabled": True}
     assert given["gradient_clipping"] == 0.5 and given["steps_per_print"] == 7
     assert "optimizer" not in given and "scheduler" not in given
-    scheduler = deepspeed_config.scheduler_of(config)
+    scheduler = deepspeed_options.scheduler_of(config)
     assert scheduler == FILE["scheduler"]
-    assert deepspeed_config.resolved(scheduler, config, steps=100) == {
+    assert deepspeed_options.resolved(scheduler, config, steps=100) == {
         "type": "WarmupLR",
         "params": {"warmup_max_lr": 0.3, "warmup_num_steps": 5},
     }
@@ -392,7 +392,7 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
             ["--lr_warmup_steps=3"],
             "scheduler.params.warmup_num_steps decides, and --lr_warmup_steps is 3",
         ),
-        ({}, ["--schedule=deepspeed"], "has no scheduler: write one, or type another schedule"),
+        ({}, ["--schedule=deepspeed"], "needs a scheduler in it: write one, or type another schedule"),
         (
             {"zero_optimization": {"reduce_bucket_size": "big"}},
             [],
@@ -436,7 +436,7 @@ def test_auto_is_what_the_options_say(tmp_path: Path) -> None:
     )
     config = parse(["--accumulation_steps", "2", "--deepspeed_config", file])
     assert (config.batch_size, config.accumulation_steps, config.mixed_precision) == (8, 2, "no")
-    assert isinstance(deepspeed_config.engine_options(config, 1)["steps_per_print"], int)
+    assert isinstance(deepspeed_options.engine_options(config, 1)["steps_per_print"], int)
 
 
 def test_null_on_the_command_line_leaves_a_file_out(tmp_path: Path) -> None:

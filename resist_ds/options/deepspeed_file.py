@@ -1,23 +1,19 @@
 """A DeepSpeed configuration file as options of a run: what it says is honoured, or refused by its name.
 
-The file is one more place where options stand, beside YAML and the command line: `options_of` reads it,
-`Config` refuses a flag that says otherwise, and `engine_options` is what the engine is given. "auto" means,
-as in other programs that take such files, what the options say. Imports no torch.
+The file is one more place where options stand, beside YAML and the command line: `DeepSpeedFile` reads it,
+and `Config` refuses a flag that says otherwise. What an engine is given is made of both, in engines. "auto"
+means, as in other programs that take such files, what the options say. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from resist_ds.errors import UserError
-from resist_ds.options.presets import PRESETS, find
-from resist_ds.options.strategy import STRATEGIES
-
-if TYPE_CHECKING:
-    from resist_ds.options.config import Config
+from resist_ds.options.presets import find
 
 Json = dict[str, Any]
 
@@ -58,122 +54,13 @@ def read(file: str) -> Json:
     return found
 
 
-def options_of(file: str, accumulation_steps: int = 1) -> dict[str, tuple[str, Any]]:
-    """{option: (the file's field, its value)} of every option that the file decides.
-
-    Args:
-        accumulation_steps: what was typed, for a file that leaves that open.
-
-    Raises:
-        UserError: a field that no strategy can honour.
-    """
-    return _Reader(file, accumulation_steps).options
-
-
-def check(config: Config) -> None:
-    """Refuse a file that says other things than the options, or what the strategy cannot do.
-
-    Raises:
-        UserError: naming the file's field.
-    """
-    file = config.deepspeed_config
-    if file is None:
-        if config.schedule == "deepspeed":
-            raise UserError("--schedule deepspeed needs a --deepspeed_config with a scheduler in it")
-        return
-    found = _Reader(file, config.accumulation_steps)
-    for option, (name, value) in found.options.items():
-        typed = getattr(config, option)
-        if typed != value:
-            raise UserError(
-                f"{file}: {name} makes --{option} {_shown(value)}, and --{option} is {_shown(typed)}: "
-                "type one of the two"
-            )
-    stage, needed = found.stage, STRATEGIES[config.strategy].stage
-    if needed is not None and stage != needed:
-        raise UserError(
-            f"{file}: zero_optimization.stage is {stage}, and --strategy {config.strategy} is ZeRO {needed}"
-        )
-    if config.schedule == "deepspeed" and found.scheduler is None:
-        raise UserError(f"--schedule deepspeed: {file} has no scheduler: write one, or type another schedule")
-    open_end = (found.scheduler or {"params": {}})["params"].get("warmup_num_steps") == "auto"
-    if config.schedule == "deepspeed" and config.lr_warmup_steps and not open_end:
-        raise UserError(
-            f"{file}: scheduler.params.warmup_num_steps decides, and --lr_warmup_steps is "
-            f"{config.lr_warmup_steps}: write auto, or leave the flag out"
-        )
-    if config.mixed_precision == "bf16" and stage == 0:
-        raise UserError(
-            f"{file}: bf16 keeps fp32 masters from zero_optimization.stage 1 on, and it is 0: write 1"
-        )
-    if config.dtype == "float64":
-        raise UserError(f"{file}: DeepSpeed computes in float32: type --dtype float32")
-
-
-def engine_options(config: Config, ranks: int) -> Json:
-    """What DeepSpeed's engine is given. Its learning rates are ours to set, step by step.
-
-    Args:
-        ranks: R; all share an engine's batch but in `resist`.
-
-    Raises:
-        UserError: `train_batch_size` is not what the options make it.
-    """
-    file = file_of(config)
-    found = _Reader(file, config.accumulation_steps)
-    each = 1 if STRATEGIES[config.strategy].stage is None else ranks
-    total = found.content.get("train_batch_size", "auto")
-    if total not in ("auto", each * config.batch_size):
-        raise UserError(
-            f"{file}: train_batch_size is {total}, and {each} × --batch_size {config.batch_size} is "
-            f"{each * config.batch_size}: leave it out"
-        )
-    zero = dict(found.zero) | {"stage": found.stage}
-    passed_on = {name: v for name, v in found.content.items() if name in _PASSED_ON and v != "auto"}
-    return {
-        **_NEEDED,
-        "steps_per_print": 1 << 60,
-        **passed_on,
-        "train_micro_batch_size_per_gpu": config.batch_size // config.accumulation_steps,
-        "gradient_accumulation_steps": config.accumulation_steps,
-        "gradient_clipping": config.clip_grad,
-        "bf16": {"enabled": config.mixed_precision == "bf16"},
-        "zero_optimization": zero,
-    }
-
-
-def scheduler_of(config: Config) -> Json | None:
-    """The file's scheduler, {"type": …, "params": {…}}, where it decides the learning rate."""
-    return _Reader(file_of(config)).scheduler if config.schedule == "deepspeed" else None
-
-
-def resolved(scheduler: Json, config: Config, steps: int) -> Json:
-    """A scheduler with numbers in place of "auto".
-
-    Args:
-        steps: local steps of the whole run.
-    """
-    known = {
-        "total_num_steps": steps,
-        "warmup_num_steps": config.lr_warmup_steps,
-        "warmup_max_lr": config.lr,
-        "warmup_min_lr": 0.0,
-    }
-    params = {k: known.get(k, v) if v == "auto" else v for k, v in scheduler["params"].items()}
-    return {"type": scheduler["type"], "params": params}
-
-
-def file_of(config: Config) -> str:
-    """The file that was typed, or the preset of `--strategy zero1|zero2|zero3`."""
-    return config.deepspeed_config or str(PRESETS / f"{config.strategy}.json")
-
-
-class _Reader:
+class DeepSpeedFile:
     """One file, checked field by field.
 
     Attributes:
         options: {option: (field, value)}.
         zero: of the section zero_optimization, without its stage.
+        passed_on: other fields that DeepSpeed is given as they are.
     """
 
     def __init__(self, file: str, accumulation_steps: int = 1):
@@ -202,6 +89,35 @@ class _Reader:
                 raise self._refused(name, ": leave it out")
             sections[name](value)
         self._batch()
+        self.passed_on = {n: v for n, v in self.content.items() if n in _PASSED_ON and v != "auto"}
+
+    def contradictions(self, options: Mapping[str, Any], strategy: str, stage: int | None) -> Iterator[str]:
+        """What cannot be, as words for the user: a flag that says otherwise, a strategy of another stage.
+
+        Args:
+            options: a run's, by their names.
+            stage: of ZeRO that the strategy is; None: it is none of ZeRO's.
+        """
+        for option, (name, value) in self.options.items():
+            if options[option] != value:
+                yield (
+                    f"{name} makes --{option} {_shown(value)}, and --{option} is {_shown(options[option])}: "
+                    "type one of the two"
+                )
+        if stage is not None and self.stage != stage:
+            yield f"zero_optimization.stage is {self.stage}, and --strategy {strategy} is ZeRO {stage}"
+        if options["schedule"] == "deepspeed":
+            if self.scheduler is None:
+                yield "--schedule deepspeed needs a scheduler in it: write one, or type another schedule"
+            elif options["lr_warmup_steps"] and self.scheduler["params"].get("warmup_num_steps") != "auto":
+                yield (
+                    "scheduler.params.warmup_num_steps decides, and --lr_warmup_steps is "
+                    f"{options['lr_warmup_steps']}: write auto, or leave the flag out"
+                )
+        if options["mixed_precision"] == "bf16" and self.stage == 0:
+            yield "bf16 keeps fp32 masters from zero_optimization.stage 1 on, and it is 0: write 1"
+        if options["dtype"] == "float64":
+            yield "DeepSpeed computes in float32: type --dtype float32"
 
     def _refused(self, name: str, why: str) -> UserError:
         return UserError(f"{self.file}: {name} cannot be honoured{why}")
