@@ -32,7 +32,7 @@ JOB = [
     *("--seed", "7", "--cpu_threads", "1", "--log_with", "none"),
 ]
 DDP = [*JOB, "--workers", "2", "--strategy", "ddp"]
-# An engine under each launcher; tests/test_engines.py has them all.
+# An engine under each launcher; tests/engines/test_engines.py has them all.
 ENGINES = (("accelerate", "fsdp"), ("deepspeed", "zero3"), ("torchrun", "zero1"))
 TYPO = ["--modle", "preact_resnet_small"]
 TYPO_LINE = "error: unknown option --modle (did you mean --model?)"

@@ -302,7 +302,7 @@ def opening(comm: Comm, options: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("strategy", ["resist", "local_sgd", "ddp", "fsdp", "zero2"])
 def test_the_first_lines_predict_memory_and_bytes(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
-    """As tools/plan.py does, on whose figures tests/test_plan.py is strict."""
+    """As tools/plan.py does, on whose figures tests/forecast/test_plan.py is strict."""
     options = OPTIONS | {"output_dir": str(tmp_path), "workers": 2, "strategy": strategy}
     (text, silent) = ranks(opening, 2, options)
     assert "predicted" not in silent  # only rank 0 takes the time
