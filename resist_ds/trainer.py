@@ -16,9 +16,10 @@ from torch import Tensor
 from resist_ds.comm import Comm
 from resist_ds.data.datasets import Data, download, load_data
 from resist_ds.data.order import Order, Position
-from resist_ds.engines.deepspeed_options import resolved, scheduler_of
-from resist_ds.engines.local import Tally, learning_rate, local_steps
+from resist_ds.engines.deepspeed_options import scheduler_of
+from resist_ds.engines.local import Tally, local_steps
 from resist_ds.engines.place import place_workers
+from resist_ds.engines.rates import Rates
 from resist_ds.engines.workers import Workers
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
 from resist_ds.memory import one_line_when_out
@@ -108,7 +109,7 @@ class Trainer:
         )
         self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
 
-        self._scheduled = comm.agree(self._deepspeed_schedule)
+        self.rates = comm.agree(lambda: Rates(config, self.order, self.rounds, self._scheduler))
         self.workers = place_workers(comm, config, layout, blueprint, start)
         self.net = GlobalModel(comm, config, layout, blueprint, start, self.workers)
         self.evaluation = Evaluation(comm, layout, blueprint, self.data, config)
@@ -187,15 +188,6 @@ class Trainer:
         derived = {"num_classes": classes, "img_size": size, "scheduler": self._scheduler}
         return config_to_keep(self.config) | derived
 
-    def _deepspeed_schedule(self) -> Callable[[int], float] | None:
-        """Local step → learning rate, where a DeepSpeed file's scheduler decides."""
-        if self._scheduler is None:
-            return None
-        from resist_ds.engines.parallel import deepspeed_schedule  # which imports much
-
-        scheduler = resolved(self._scheduler, self.config, self._after(self.rounds - 1).step)
-        return deepspeed_schedule(scheduler["type"], scheduler["params"], self.config.lr)
-
     def _load_data(self) -> Data:
         """The data set, fetched first where that is allowed. Collective: all ranks."""
         comm, config = self.comm, self.config
@@ -248,7 +240,7 @@ class Trainer:
         if config.optimizer_state == "reset" and isinstance(self.workers, Workers):
             self.workers.reset_optimizer()
         spoilt: dict[int, str] = {}
-        rates = self._learning_rates(round)
+        rates = self.rates.of(round)
         try:
             with one_line_when_out(self.comm.device, self.comm.rank):
                 for worker in self.workers.turns():
@@ -359,23 +351,6 @@ class Trainer:
         """Where the run is when `round` is done."""
         return self.order.after(round + 1 - self.start.position.round, self.config.local_steps)
 
-    def _learning_rates(self, round: int) -> list[float]:
-        """Learning rate of each local step of a round.
-
-        How far the run is, is counted in what ends it: in images, or in local steps under `--rounds`. So
-        another number of workers does not move it. (Both quotients are the same while W stays.)
-        """
-        first, last = self._after(round - 1), self._after(self.rounds - 1)
-        if self._scheduled is not None:
-            return [self._scheduled(first.step + i) for i in range(self.config.local_steps)]
-        each = self.net.layout.workers * self.config.batch_size
-        rates = []
-        for i in range(self.config.local_steps):
-            step, samples = first.step + i, first.samples + i * each
-            done = step / last.step if self.config.rounds else samples / last.samples
-            rates.append(learning_rate(self.config, step, done))
-        return rates
-
     def _axes(self, round: int) -> dict[str, float]:
         """Where in the run the end of a round is, and what a worker held in it."""
         position = self._after(round)
@@ -383,7 +358,7 @@ class Trainer:
             "round": position.round,
             "global_step": position.step,
             "samples_seen": position.samples,
-            "lr": self._learning_rates(round)[-1],
+            "lr": self.rates.of(round)[-1],
             "mem/params_held": self.net.parameters_held,
             "mem/params_full": self.net.blueprint.parameters,
         }

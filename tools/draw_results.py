@@ -58,9 +58,7 @@ def measured(text: str, row: str) -> list[Bar]:
             raise ValueError(f"{RESULTS}, {row!r}: {cell!r} is no figure")
         value, low, high = (float(part.replace(",", "")) if part else None for part in found.groups())
         assert value is not None
-        bars.append(
-            Bar(name, value, value if low is None else low, value if high is None else high)
-        )
+        bars.append(Bar(name, value, value if low is None else low, value if high is None else high))
     return bars
 
 

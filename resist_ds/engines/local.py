@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from resist_ds.engines.engine import Engine
-from resist_ds.options.config import Config
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,6 @@ class Tally:
     images: int
     seconds: float
     spoilt_at: int | None = None
-
-
-def learning_rate(config: Config, step: int, done: float) -> float:
-    """Learning rate of local step `step` of a run, when the share `done` of its images has been seen.
-
-    step: ÷10 at 50 % and 75 % of training, as in the authors' release; cosine: half a period down to 0.
-    A linear warm-up from 1/lr_warmup_steps multiplies either.
-    """
-    factor = {
-        "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-        "constant": 1.0,
-    }[config.schedule]
-    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    return config.lr * factor * warm
 
 
 def local_steps(engine: Engine, batches: Iterator[tuple[Tensor, Tensor]], *, rates: Sequence[float]) -> Tally:

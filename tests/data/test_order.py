@@ -16,12 +16,12 @@ from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.data.order import Order, Position
+from resist_ds.engines.rates import Rates
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateDict, StateLayout, Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, counted, sample_partition, spread
-from resist_ds.trainer import Trainer
 from tests import oracle  # registers the narrow nets
 
 CPU = torch.device("cpu")
@@ -159,17 +159,6 @@ def test_a_cut_does_not_change_how_many_rounds_the_epochs_take(
 # Learning rates
 
 
-def trainer_at(config: Config, order: Order) -> Trainer:
-    """As much of a trainer as its learning rates need."""
-    trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.order = config, order
-    trainer.start = SimpleNamespace(position=order.start)  # type: ignore[assignment]
-    trainer._scheduled = None
-    trainer.net = SimpleNamespace(layout=Layout(order.workers, 1))  # type: ignore[assignment]
-    trainer.rounds = config.rounds or order.rounds(config.epochs, config.local_steps)
-    return trainer
-
-
 @given(
     orders(),
     LOCAL_STEPS,
@@ -189,14 +178,15 @@ def test_a_run_that_is_cut_goes_on_with_the_same_learning_rates(
         lr=0.1,
         **length,
     )
-    whole = trainer_at(config, order)
-    assume(whole.rounds > order.start.round)
-    cut = draw.draw(st.integers(order.start.round, whole.rounds - 1))
-    part = trainer_at(config, gone_on(order, cut - order.start.round, local))
-    assert part.rounds == whole.rounds
-    for round in range(cut, min(cut + 5, whole.rounds)):
-        rates = whole._learning_rates(round)
-        assert [rate.hex() for rate in part._learning_rates(round)] == [rate.hex() for rate in rates]
+    rounds = config.rounds or order.rounds(config.epochs, local)
+    assume(rounds > order.start.round)
+    cut = draw.draw(st.integers(order.start.round, rounds - 1))
+    rest = gone_on(order, cut - order.start.round, local)
+    assert (config.rounds or rest.rounds(config.epochs, local)) == rounds
+    whole, part = (Rates(config, which, rounds) for which in (order, rest))
+    for round in range(cut, min(cut + 5, rounds)):
+        rates = whole.of(round)
+        assert [rate.hex() for rate in part.of(round)] == [rate.hex() for rate in rates]
         assert len(rates) == local and all(0 <= rate <= 0.1 and math.isfinite(rate) for rate in rates)
 
 

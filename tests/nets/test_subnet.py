@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from resist_ds.comm import Comm
 from resist_ds.engines.engine import TorchEngine
-from resist_ds.engines.local import learning_rate, local_steps
+from resist_ds.engines.local import local_steps
+from resist_ds.engines.rates import learning_rate
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.precision import autocast

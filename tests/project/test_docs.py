@@ -288,6 +288,12 @@ def test_blocks_that_are_not_run_can_be_read(name: str, tmp_path: Path) -> None:
                 assert not unknown, f"{where}: there is no --{', --'.join(sorted(unknown))}"
 
 
+def test_the_reference_names_every_option() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    named = set(re.findall(r"--(\w+)", text))
+    assert {field.name for field in dataclasses.fields(Config)} <= named
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere(name: str) -> None:
     text = (ROOT / name).read_text()
