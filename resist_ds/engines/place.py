@@ -29,10 +29,10 @@ def place_workers(
     def placed() -> Workers | SpreadNet:
         source = start.source(blueprint, config.test_scale(deal.slots, deal.pool))
         with one_line_when_out(comm.device, comm.rank):
-            place = (comm, layout, blueprint, config, deal, source)
+            place = (comm, layout, blueprint, config, deal, source, start.position.step)
             if config.way.spread:
                 return SpreadNet(*place)
-            workers = Workers(*place, start.position.step)
+            workers = Workers(*place)
         if start.state and start.state.loss_scales:
             workers.set_loss_scales(start.state.loss_scales)
         return workers

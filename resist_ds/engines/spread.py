@@ -11,13 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from resist_ds.comm import Comm
 from resist_ds.engines.engine import Engine
-from resist_ds.nets.blueprint import Blueprint
-from resist_ds.nets.initial import Piece, Source
+from resist_ds.nets.initial import Piece
 from resist_ds.nets.subnet import OptimizerState, StateDict, StateLayout, Subnet, Worker
-from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, Partition
+from resist_ds.protocol.partition import Partition
 from resist_ds.protocol.workers import RankWorkers, owned
 
 
@@ -34,19 +31,10 @@ class SpreadEngine(Engine, Protocol):
 class SpreadNet(RankWorkers):
     """One net on all ranks, trained in lockstep: its one worker on this rank has no vector in training."""
 
-    def __init__(
-        self,
-        comm: Comm,
-        layout: Layout,
-        blueprint: Blueprint,
-        config: Config,
-        deal: Partition,
-        source: Source | None = None,
-    ):
-        super().__init__(comm, layout, blueprint, config, deal, source)
-        nothing = torch.empty(0, dtype=getattr(torch, config.dtype))
-        scaler = torch.amp.GradScaler(comm.device.type, enabled=False)
-        self._worker = Worker(comm.rank, nothing, scaler)
+    def _make(self, deal: Partition) -> None:
+        nothing = torch.empty(0, dtype=getattr(torch, self._config.dtype))
+        scaler = torch.amp.GradScaler(self._comm.device.type, enabled=False)
+        self._worker = Worker(self._comm.rank, nothing, scaler)
 
     def connect(self) -> None:
         """Spread the net and fill it, tensor by tensor, from the source. Collective: all ranks."""

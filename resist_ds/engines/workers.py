@@ -15,49 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resist_ds.comm import Comm
 from resist_ds.engines.engine import Engine, RandomDepth, TorchEngine
-from resist_ds.nets.blueprint import Blueprint
-from resist_ds.nets.initial import Piece, Source
+from resist_ds.nets.initial import Piece
 from resist_ds.nets.subnet import StateDict, StateLayout, Subnet, Worker
-from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, Partition
+from resist_ds.protocol.partition import Partition
 from resist_ds.protocol.workers import RankWorkers, owned
 
 
 class Workers(RankWorkers):
     """This rank's workers, at their initial state in the slots of the first round's deal.
 
-    Args:
-        steps: local steps that the run has already done.
-
     Attributes:
         engine: that they take turns in.
     """
 
-    def __init__(
-        self,
-        comm: Comm,
-        layout: Layout,
-        blueprint: Blueprint,
-        config: Config,
-        deal: Partition,
-        source: Source | None = None,
-        steps: int = 0,
-    ):
-        super().__init__(comm, layout, blueprint, config, deal, source)
-        self._steps = steps
-        mine = layout.workers_of(comm.rank)
+    def _make(self, deal: Partition) -> None:
+        mine = self._ranks.workers_of(self._comm.rank)
         self._prepare(deal.slots)
-        fp16 = config.mixed_precision == "fp16"
+        device, fp16 = self._comm.device.type, self._config.mixed_precision == "fp16"
         self._workers = [
-            Worker(w, self._room(alone=len(mine) == 1), torch.amp.GradScaler(comm.device.type, enabled=fp16))
+            Worker(w, self._room(alone=len(mine) == 1), torch.amp.GradScaler(device, enabled=fp16))
             for w in mine
         ]
         for worker in self._workers:
             self._fill(worker.vector, deal.blocks[worker.index])
         self._round_start: Tensor | None = None
-        if config.on_nan == "skip" and self._workers[0].vector is self._in_place:
+        if self._config.on_nan == "skip" and self._workers[0].vector is self._in_place:
             self._round_start = self._room(alone=False)
 
     @property

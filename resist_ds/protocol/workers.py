@@ -25,6 +25,7 @@ class RankWorkers(ABC):
     Args:
         deal: who holds what in the first round.
         source: of the initial values; default: timm's initialisation under the run's seed.
+        steps: local steps that the run has already done.
 
     Attributes:
         layout: of each worker's vector.
@@ -41,13 +42,24 @@ class RankWorkers(ABC):
         config: Config,
         deal: Partition,
         source: Source | None = None,
+        steps: int = 0,
     ):
         self._comm = comm
         self._ranks = layout
         self._blueprint = blueprint
         self._config = config
         self._source = source or Initialisation(blueprint, config.seed)
+        self._steps = steps
         self.layout = StateLayout.of(blueprint, config, deal.slots)
+        self._make(deal)
+
+    @abstractmethod
+    def _make(self, deal: Partition) -> None:
+        """Make what needs no other rank; `connect` does the rest."""
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Make what all ranks make together. Collective: all ranks."""
 
     @property
     @abstractmethod
