@@ -58,6 +58,7 @@ class GlobalModel:
         self.deal = self.trained = self.partition(start.position.round)
         if config.deepspeed_config is not None and config.way.partitions:
             comm.alone  # noqa: B018  # made by all ranks together, before each makes its engine
+        start.fetch(comm)
         self.workers = comm.agree(lambda: self._place_workers(start))
         with one_line_when_out(comm.device, comm.rank):
             self.workers.connect()

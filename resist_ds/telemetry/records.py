@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -151,6 +151,12 @@ class Totals:
     wall: float = 0.0
     accuracy: list[float] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> "Totals":
+        """Those that a checkpoint has taken along; what another version counts besides is left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in kept.items() if name in known})
+
     def to_keep(self) -> dict[str, Any]:
         """What a checkpoint takes along: the totals of the run, not of this process."""
         accuracy = [max(self.accuracy), self.accuracy[-1]] if self.accuracy else []
@@ -188,7 +194,7 @@ class Telemetry:
         self._comm = comm
         self._last: dict[str, Any] = {}
         self._shown: dict[str, str] = {}
-        self.totals = Totals(**start.state.totals) if start.state else Totals()
+        self.totals = Totals.of(start.state.totals) if start.state else Totals()
         self._begun = time.monotonic() - self.totals.wall
 
     def open(self, settings: Mapping[str, Any]) -> None:
