@@ -181,6 +181,8 @@ def _inside(folder: Path) -> str:
     there = sorted(names(folder))
     if "manifest.json" in there:
         return f"if it is a checkpoint of ours, type --resume {folder}, or export it (tools/export.py)"
+    if "checkpoints" in there:
+        return "if it is that of a run of ours, export one of its checkpoints first (tools/export.py)"
     files = [name for name in there if name.endswith(_SUFFIXES)]
     return f"type the file in it, {folder / files[0]}" if files else "type a file of weights"
 

@@ -121,7 +121,7 @@ class State:
 def _check_version(path: Path, content: Mapping[str, Any]) -> None:
     """Raise `OtherVersionError` unless a state is of our format and has the fields of this version."""
     if content.get("format") != FORMAT:
-        what = f"of format {content['format']}" if "format" in content else "of no format that it names"
+        what = f"of format {content['format']!r}" if "format" in content else "of no format that it names"
         raise OtherVersionError(
             f"{path} is {what}, written by {_writer(content)}, and this version of resist_ds, {__version__}, "
             f"reads {FORMAT}"
