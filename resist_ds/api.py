@@ -41,7 +41,8 @@ from resist_ds.state.start import Start
 OPTIONS = (  # those of train.py that mean something without its loop
     *("workers", "min_blocks", "warmup_rounds", "strategy", "optimizer_state", "transit_mib"),
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "dtype", "channels_last", "cpu_threads"),
-    *("from_pretrained", "activation_checkpointing", "eval_batch_size", "eval_memory", "calibration_samples"),
+    *("from_pretrained", "download", "activation_checkpointing"),
+    *("eval_batch_size", "eval_memory", "calibration_samples"),
     *("seed", "output_dir", "keep", "resume", "override"),
 )
 

@@ -22,6 +22,14 @@ class DamagedError(RunError):
     """A checkpoint is not what was written; the message names the file and what is wrong with it."""
 
 
+class UnreadableError(RunError):
+    """A file could not be read, which says nothing about what is in it; the message names file and error."""
+
+
+class OtherVersionError(UserError):
+    """A checkpoint is as it was written, by another version of this package; the message names both."""
+
+
 class NotFiniteError(RunError):
     """A worker met NaN or Inf (`--on_nan stop`). Exit code 3."""
 

@@ -276,7 +276,7 @@ def download(config: Config) -> None:
     before they call `load_data`.
     Errors: RunError if the network or the disk does not give it.
     """
-    if not config.download:
+    if not config.download or not config.dataset.startswith("cifar"):  # it may be for timm's weights
         return
     dataset, root, _ = _cifar_place(config)
     try:

@@ -37,6 +37,7 @@ def place_workers(
             workers.set_loss_scales(start.state.loss_scales)
         return workers
 
+    start.fetch(comm)
     workers = comm.agree(placed)
     with one_line_when_out(comm.device, comm.rank):
         workers.connect()

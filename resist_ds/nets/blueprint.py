@@ -295,6 +295,12 @@ class Blueprint:
             )
 
 
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    """{timm name: shape} of every parameter of a net that ResIST knows, the classifier's last."""
+    net = (_cifar_net if name in CIFAR_NETS else _timm_net)(name, 1)
+    return {n: tuple(p.shape) for n, p in net.named_parameters()}
+
+
 def _families() -> str:
     names = ", ".join((*TESTED, *CIFAR_NETS))
     return f"Models that can: {names}, and timm nets built of the same blocks."

@@ -21,6 +21,8 @@ from resist_ds.options.strategy import STRATEGIES, Strategy
 
 T = TypeVar("T")
 
+TIMM = "timm"  # of --from_pretrained: timm's own weights
+
 
 def _option(
     default: T | Callable[[], T],
@@ -59,7 +61,8 @@ class Config:
     num_classes: int | None = _option(None, "Outputs of the classifier; null: the data set's.", low=1)
     from_pretrained: str | None = _option(
         None,
-        "safetensors file of timm weights to start from; a head of another size starts anew.",
+        "Weights to start from: a safetensors or .pth file of plain tensors by timm's names, or timm: its "
+        "own of that model, from its cache. A head of another size starts anew.",
         free=True,
     )
 
@@ -71,7 +74,9 @@ class Config:
     data_dir: str | None = _option(
         None, "Folder of the data set; required by all but digits and synthetic.", free=True
     )
-    download: bool = _option(False, "Allow fetching cifar10 or cifar100 into data_dir.", free=True)
+    download: bool = _option(
+        False, "Allow fetching cifar10 or cifar100 into data_dir, and timm's weights.", free=True
+    )
     img_size: int | None = _option(
         None, "Side of the square images in pixels; null: 224 for imagenet and imagefolder, else 32.", low=1
     )
@@ -248,8 +253,11 @@ class Config:
             raise UserError(
                 f"--data_dir is not for --dataset {self.dataset}: type another, or --data_dir null"
             )
-        if self.download and not self.dataset.startswith("cifar"):
-            raise UserError(f"--download cannot fetch {self.dataset}: type --dataset cifar10 or cifar100")
+        if self.download and not self.dataset.startswith("cifar") and self.from_pretrained != TIMM:
+            raise UserError(
+                f"--download cannot fetch {self.dataset}: type --dataset cifar10 or cifar100, or "
+                f"--from_pretrained {TIMM}"
+            )
         if self.batch_size % self.accumulation_steps:
             raise UserError(
                 f"--accumulation_steps must divide --batch_size: type a divisor of {self.batch_size}"
@@ -266,7 +274,7 @@ class Config:
         if not self.resume:
             raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
         if self.from_pretrained == "":
-            raise UserError("--from_pretrained is empty: type a safetensors file")
+            raise UserError(f"--from_pretrained is empty: type a file of weights, or {TIMM}")
         for name in self.overridden:
             if name not in SHAPING:
                 near = difflib.get_close_matches(name, SHAPING, 1)

@@ -25,12 +25,13 @@ from types import UnionType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from resist_ds import __version__
 from resist_ds.data.order import Position
-from resist_ds.errors import DamagedError, RunError, UserError
+from resist_ds.errors import DamagedError, OtherVersionError, UserError
+from resist_ds.files import names, status
 from resist_ds.nets.blueprint import Blueprint, Statistics
 from resist_ds.nets.initial import Piece
 from resist_ds.nets.subnet import OptimizerState
@@ -41,6 +42,7 @@ from resist_ds.state.storage import Spec
 FORMAT = 1
 STATE = "state.json"
 GROUPS = ("model", "optimizer")
+_OPTIMIZER = {"vectors", "counter"}  # what a state says of the optimizer
 
 # Of this machine or of this start of the run, and nobody else's business.
 _PRIVATE = (
@@ -96,22 +98,53 @@ class State:
 
     @classmethod
     def read(cls, folder: Path) -> "State":
-        """Raises `DamagedError`."""
+        """
+        Raises:
+            DamagedError: it is no state of a run.
+            OtherVersionError: it is, but of a version that keeps other things.
+        """
         path = folder / STATE
         content = storage.read_json(path)
+        if not isinstance(content, dict) or not content.keys() & {"format", "versions"}:
+            raise DamagedError(f"{path} is no state of a run")
+        _check_version(path, content)
         try:
-            if content["format"] != FORMAT:
-                raise RunError(  # no damage, which would be passed over
-                    f"{path} is of format {content['format']}, and this version of resist_ds reads {FORMAT}"
-                )
             state = cls(**content)
             sound = _is_of_types(state) and config_hash(state.config) == state.config_hash
-            sound = sound and set(state.optimizer) == {"vectors", "counter"}
-        except (AttributeError, KeyError, TypeError) as error:
-            raise DamagedError(f"{path} is no state of a run: {type(error).__name__} {error}") from None
+        except TypeError as error:
+            raise DamagedError(f"{path} is no state of a run: {error}") from None
         if not sound:
             raise DamagedError(f"{path} is damaged: its fields do not fit each other")
         return state
+
+
+def _check_version(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise `OtherVersionError` unless a state is of our format and has the fields of this version."""
+    if content.get("format") != FORMAT:
+        what = f"of format {content['format']!r}" if "format" in content else "of no format that it names"
+        raise OtherVersionError(
+            f"{path} is {what}, written by {_writer(content)}, and this version of resist_ds, {__version__}, "
+            f"reads {FORMAT}"
+        )
+    vectors = content.get("optimizer")
+    parts = ((content, {field.name for field in fields(State)}, ""), (vectors, _OPTIMIZER, "optimizer."))
+    for found, expected, prefix in parts:
+        if not isinstance(found, dict):
+            continue
+        for word, odd in (("lacks", expected - found.keys()), ("has", found.keys() - expected)):
+            if odd:
+                listed = ", ".join(f"{prefix}{name}" for name in sorted(map(str, odd)))
+                raise OtherVersionError(
+                    f"{path} {word} {listed}, unlike those of this version of resist_ds, {__version__}: "
+                    f"it was written by {_writer(content)}"
+                )
+
+
+def _writer(content: Mapping[str, Any]) -> str:
+    """The version that wrote a state."""
+    known = content.get("versions")
+    version = known.get("resist_ds") if isinstance(known, dict) else None
+    return f"resist_ds {version}" if isinstance(version, str) else "another version"
 
 
 def _is_of_types(state: State) -> bool:
@@ -152,12 +185,18 @@ def round_of(folder: Path) -> int | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, sound or not."""
+    """The checkpoints in a folder, sound or not; none where there is no folder. Raises `UnreadableError`."""
+    if status(folder) is None:
+        return []
     try:
-        found = [path for path in folder.iterdir() if round_of(path) is not None]
+        found = [folder / name for name in names(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(found, key=lambda path: round_of(path) or 0, reverse=True)
+    return sorted(
+        (path for path in found if round_of(path) is not None),
+        key=lambda path: round_of(path) or 0,
+        reverse=True,
+    )
 
 
 def shard_name(group: str, rank: int, size: int) -> str:
@@ -198,6 +237,8 @@ class Checkpoint:
 
     Raises:
         DamagedError: what the checks of bytes cannot see: an index or a shard that is not this model's.
+        UnreadableError: a file cannot be read; so with all that reads here.
+        OtherVersionError: it is sound, and this version cannot read it.
     """
 
     def __init__(self, folder: Path):
@@ -215,12 +256,17 @@ class Checkpoint:
 
         Raises:
             DamagedError: it is not as it was written.
+            OtherVersionError: it is, by another version.
             UserError: the folder is that of a run, or of its checkpoints.
         """
         inside = newest_first(folder) or newest_first(folder / "checkpoints")
         if inside:
             raise UserError(f"{folder} holds checkpoints: type one of them, {inside[0]}")
-        files = storage.check_sealed(folder)
+        try:
+            files = storage.check_sealed(folder)
+        except DamagedError:
+            _check_unsealed(folder)
+            raise
         checkpoint = cls(folder)
         named = round_of(folder)
         if named is not None and named != checkpoint.state.round:
@@ -238,8 +284,11 @@ class Checkpoint:
     def blueprint(self) -> Blueprint:
         try:
             return Blueprint(self.state.model, self.state.num_classes)
-        except UserError as error:
-            raise DamagedError(f"{self.folder / STATE}: {error}") from None
+        except UserError as error:  # what is sealed is as it was written: timm's names have changed, say
+            raise OtherVersionError(
+                f"{self.folder / STATE}: {error} (It was written with {_with(self.state.versions)}, and here "
+                f"are {_with(versions())})"
+            ) from None
 
     @cached_property
     def specs(self) -> dict[str, dict[str, Spec]]:
@@ -261,15 +310,18 @@ class Checkpoint:
 
     def statistics(self) -> Statistics:
         """BatchNorm's statistics of the global model."""
-        names = {norm: statistics_names(norm)[:2] for norm, _ in self.blueprint.norms}
-        return {n: (self.tensor("model", m), self.tensor("model", v)) for n, (m, v) in names.items()}
+        pairs = {norm: statistics_names(norm)[:2] for norm, _ in self.blueprint.norms}
+        return {n: (self.tensor("model", m), self.tensor("model", v)) for n, (m, v) in pairs.items()}
 
     def tensor(self, group: str, name: str) -> Tensor:
         """One tensor, in host memory."""
         file = self._indexes[group][name]
         if file not in self._open:
-            self._open[file] = self._files.enter_context(safe_open(self.folder / file, "numpy"))
-        return torch.from_numpy(self._open[file].get_tensor(name))
+            self._open[file] = self._files.enter_context(storage.open_safetensors(self.folder / file))
+        try:
+            return torch.from_numpy(self._open[file].get_tensor(name))
+        except SafetensorError as error:  # another file than that which was checked
+            raise DamagedError(f"{self.folder / file}: {error}") from None
 
     def close(self) -> None:
         """Close the files."""
@@ -289,8 +341,8 @@ class Checkpoint:
         path = self.folder / index_name(group)
         content = storage.read_json(path)
         try:
-            names = {str(name): str(file) for name, file in content["weight_map"].items()}
-            return {"weight_map": names, "total_size": content["metadata"]["total_size"]}
+            where = {str(name): str(file) for name, file in content["weight_map"].items()}
+            return {"weight_map": where, "total_size": content["metadata"]["total_size"]}
         except (AttributeError, KeyError, TypeError) as error:
             raise DamagedError(f"{path} is no index: {type(error).__name__} {error}") from None
 
@@ -318,9 +370,9 @@ class Checkpoint:
             by_file.setdefault(file, set()).add(name)
         for name in sorted(expected.keys() - index["weight_map"].keys()):
             raise DamagedError(f"{path} lacks {name}")
-        for file, names in by_file.items():
+        for file, inside in by_file.items():
             found = storage.read_specs(self.folder / file)
-            for name in sorted(found.keys() ^ names):
+            for name in sorted(found.keys() ^ inside):
                 raise DamagedError(f"{self.folder / file} and {path.name} do not agree about {name}")
             for name, spec in found.items():
                 if spec != expected[name]:
@@ -329,6 +381,29 @@ class Checkpoint:
                         f"has {_words(expected[name])}"
                     )
         return {path.name, *by_file}
+
+
+def _check_unsealed(folder: Path) -> None:
+    """Raise `OtherVersionError` where a folder that our seal does not fit is of another format.
+
+    Another format may be sealed in another way. A manifest that is ours vouches for the rest: then a state of
+    another format is a flipped bit.
+    """
+    try:
+        storage.read_manifest(folder)
+        return
+    except DamagedError:
+        pass
+    try:
+        content = storage.read_json(folder / STATE)
+    except DamagedError:
+        return
+    if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+        _check_version(folder / STATE, content)
+
+
+def _with(packages: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {packages.get(name)}" for name in ("resist_ds", "timm"))
 
 
 def _words(spec: Spec) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from resist_ds.errors import RunError, UserError
-from resist_ds.nets.initial import FOLDED
+from resist_ds.nets.pretrained import FOLDED
 from resist_ds.state import storage
 from resist_ds.state.checkpoint import Checkpoint
 
@@ -28,7 +28,7 @@ def export(checkpoint: Checkpoint, out: Path, *, fold: bool = True) -> tuple[str
 
     Raises:
         UserError: `out` exists.
-        RunError: it cannot be written.
+        RunError: it cannot be written, or the checkpoint cannot be read.
     """
     state, blueprint = checkpoint.state, checkpoint.blueprint
     specs = checkpoint.specs["model"]
@@ -57,10 +57,12 @@ def export(checkpoint: Checkpoint, out: Path, *, fold: bool = True) -> tuple[str
         storage.write_safetensors(partial, tensors(), specs, metadata)
         os.replace(partial, out)
         storage.sync_folder(out.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink()
-        raise RunError(f"{out} cannot be written ({error.strerror})") from None
+        if isinstance(error, OSError):
+            raise RunError(f"{out} cannot be written ({error.strerror})") from None
+        raise  # of reading, say
     if state.statistics_round == state.round:
         return ()
     since = (

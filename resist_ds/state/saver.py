@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from resist_ds.comm import Comm
-from resist_ds.errors import DamagedError
+from resist_ds.errors import DamagedError, RunError, UnreadableError
 from resist_ds.nets.blueprint import Blueprint, Statistics
 from resist_ds.nets.subnet import OptimizerState, StateDict
 from resist_ds.state import storage
@@ -193,10 +193,12 @@ class Saver:
             try:
                 size = self._complete(job, everyone)
                 self._put(job.partial, target)
-                self._prune()
-                return size, None
             except Exception as failure:
                 error = _reason(failure, job.partial)
+            else:
+                with suppress(OSError, RunError):  # what cannot be removed now is removed another time
+                    self._prune()
+                return size, None
         shutil.rmtree(job.partial, ignore_errors=True)
         return 0, error
 
@@ -235,17 +237,18 @@ class Saver:
     def _prune(self) -> None:
         """Remove what is older than the newest `keep` checkpoints that are whole; damaged ones count not.
 
-        The newest is the one just written: a resumed run has set aside what was newer.
+        The newest is the one just written: a resumed run has set aside what was newer. One that cannot be
+        read may be sound, but does not count either, so that an older one stays in its place.
         """
         whole = 0
         for path in newest_first(self._folder):
             if whole >= self._keep:
-                gone = self._folder / f"{REPLACED}{path.name}-{secrets.token_hex(4)}"
+                gone = self._folder / f"{PARTIAL}{path.name}-{secrets.token_hex(4)}"
                 with suppress(OSError):  # renamed first: a checkpoint is never there in part
                     path.rename(gone)
                     shutil.rmtree(gone)
                 continue
-            with suppress(DamagedError, OSError):
+            with suppress(DamagedError, UnreadableError):
                 storage.check_listing(path)
                 whole += 1
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ import torch
 
 from resist_ds.comm import Comm
 from resist_ds.data.order import Position
-from resist_ds.errors import DamagedError, RunError, UserError
+from resist_ds.errors import DamagedError, OtherVersionError, RunError, UnreadableError, UserError
+from resist_ds.files import content, status
+from resist_ds.nets import timm_weights
 from resist_ds.nets.blueprint import Blueprint, Statistics
-from resist_ds.nets.initial import Initialisation, Pretrained, Source
+from resist_ds.nets.initial import Initialisation, Source
+from resist_ds.nets.pretrained import Pretrained
 from resist_ds.nets.subnet import OptimizerState
-from resist_ds.options.config import SHAPING, Config
+from resist_ds.options.config import FIELDS, SHAPING, TIMM, Config
 from resist_ds.state.checkpoint import Checkpoint, State, newest_first
 from resist_ds.state.folder import RunFolder
 from resist_ds.state.storage import MANIFEST
@@ -111,6 +115,10 @@ class Start:
         """
         if self._checkpoint is not None:
             _check(options, self._config.overridden, self._checkpoint.state, train_size)
+            unknown = sorted(self._checkpoint.state.config.keys() - {*FIELDS, "scheduler"})
+            if unknown:  # of a later version, or one that has gone
+                said = ", ".join(f"{name} ({self._checkpoint.state.config[name]})" for name in unknown)
+                self.remarks.append(f"the checkpoint's run had options that are unknown here: {said}")
             if OptimizerState.carried(self._config).kinds - self._checkpoint.optimizer.kinds:
                 self.remarks.append("optimizer state that the checkpoint lacks starts at zero")
 
@@ -125,14 +133,19 @@ class Start:
             return self._checkpoint
         if not config.from_pretrained:
             return Initialisation(blueprint, config.seed)
-        path = Path(config.from_pretrained).expanduser()
-        pretrained = Pretrained(path, blueprint, config.seed, scale)
-        self._pretrained = pretrained
-        if pretrained.renewed:
-            self.remarks.append(
-                f"{' and '.join(pretrained.renewed)} start anew: the file's head has another size"
-            )
-        return pretrained
+        if config.from_pretrained == TIMM:
+            path = timm_weights.find(config.model)
+        else:
+            path = Path(config.from_pretrained).expanduser()
+        self._pretrained = Pretrained(path, blueprint, config.seed, scale)
+        self.remarks.extend(self._pretrained.remarks)
+        return self._pretrained
+
+    def fetch(self, comm: Comm) -> None:
+        """Let one rank per machine fetch timm's weights, where that is asked for. Collective: all ranks."""
+        config = self._config
+        if config.from_pretrained == TIMM and config.download and not self._checkpoint:
+            comm.agree(lambda: timm_weights.fetch(config.model) if comm.local_rank == 0 else None)
 
     def statistics(self, blueprint: Blueprint, dtype: torch.dtype) -> Statistics:
         """BatchNorm's statistics until the first evaluation: the checkpoint's, or timm's initial ones."""
@@ -148,12 +161,14 @@ class Start:
 
         Raises:
             UserError: the folder cannot be written to.
+            UnreadableError: it cannot be told what is there.
         """
         folder = self._run_folder
         try:
             if self.here:
                 place = folder.set_aside_after(self.position.round)
-                what = "checkpoints that are not sound"
+                newer = place is not None and (place / folder.checkpoints.name).exists()
+                what = "checkpoints that are not sound" if newer else "records with lines that are none"
             else:
                 place, what = folder.set_aside(), "the records and checkpoints of an earlier run"
             if place:
@@ -173,7 +188,7 @@ class Start:
 def _see(rank: int, choice: Choice) -> Checkpoint:
     """Open the checkpoint that rank 0 has verified, if this rank sees the same one."""
     assert choice.path is not None
-    if _seal(choice.path) != choice.seal:
+    if not choice.seal or _seal(choice.path) != choice.seal:
         raise RunError(
             f"rank {rank} does not see the checkpoint {choice.path} of rank 0: it must be on a file system "
             "that all machines share"
@@ -185,32 +200,52 @@ def _choose(config: Config, folder: RunFolder) -> Choice:
     if config.resume == "never":
         return Choice()
     there = newest_first(folder.checkpoints)
-    if config.resume != "auto":
-        path = Path(config.resume).expanduser()
-        if not path.is_dir():
-            raise UserError(
-                f"--resume {path}: no such folder; type never, auto or the folder of a checkpoint"
-            )
-        inside = newest_first(path) or newest_first(path / "checkpoints")
-        if inside:
-            raise UserError(f"--resume {path} holds checkpoints: type one of them, --resume {inside[0]}")
-        Checkpoint.verified(path).close()
-        if path.resolve() in [other.resolve() for other in there[1:]]:  # a later auto would take the newest
-            raise UserError(
-                f"--resume {config.resume}: {there[0]} is newer; type --resume auto, or another --output_dir "
-                "to branch off"
-            )
-        return Choice(path, _seal(path))
-    remarks: list[str] = []
+    if config.resume == "auto":
+        return _newest_sound(there)
+    path = Path(config.resume).expanduser()
+    found = status(path)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        raise UserError(f"--resume {path}: no such folder; type never, auto or the folder of a checkpoint")
+    inside = newest_first(path) or newest_first(path / "checkpoints")
+    if inside:
+        raise UserError(f"--resume {path} holds checkpoints: type one of them, --resume {inside[0]}")
+    Checkpoint.verified(path).close()
+    if path.resolve() in [other.resolve() for other in there[1:]]:  # a later auto would take the newest
+        raise UserError(
+            f"--resume {config.resume}: {there[0]} is newer; type --resume auto, or another --output_dir "
+            "to branch off"
+        )
+    return Choice(path, _seal(path))
+
+
+def _newest_sound(there: list[Path]) -> Choice:
+    """What `--resume auto` takes: only a damaged checkpoint is passed over, and never the last one.
+
+    Raises:
+        OtherVersionError, UnreadableError: one that may be sound would be passed over.
+        UserError: none is sound; to start afresh unasked would be to lose what was trained.
+    """
+    damaged: list[DamagedError] = []
     for path in there:
+        without = f"to go on without it move {path} away, to start afresh type --resume never"
         try:
             Checkpoint.verified(path).close()
-            return Choice(path, _seal(path), tuple(remarks))
+            seal = _seal(path)
         except DamagedError as error:
-            remarks.append(f"{error}; trying the checkpoint before it")
-    if remarks:
-        remarks.append("no checkpoint is sound: starting afresh")
-    return Choice(remarks=tuple(remarks))
+            damaged.append(error)
+        except OtherVersionError as error:
+            raise OtherVersionError(f"{error}: go on with that version; {without}") from None
+        except UnreadableError as error:
+            raise UnreadableError(f"{error}; {without}") from None
+        else:
+            return Choice(path, seal, tuple(f"{e}; trying the checkpoint before it" for e in damaged))
+    if damaged:
+        others = f", and {len(damaged) - 1} before it are not sound either" if damaged[1:] else ""
+        raise UserError(
+            f"--resume auto finds no sound checkpoint: {damaged[0]}{others}; to start afresh type --resume "
+            "never, which sets aside what is there"
+        )
+    return Choice()
 
 
 def _check(config: Mapping[str, Any], overridden: tuple[str, ...], state: State, train_size: int) -> None:
@@ -247,7 +282,8 @@ def _shown(value: object) -> object:
 
 
 def _seal(path: Path) -> str:
+    """Hash of a checkpoint's manifest, or nothing where none is. Raises `UnreadableError`."""
     try:
-        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        return hashlib.sha256(content(path / MANIFEST)).hexdigest()
     except OSError:
         return ""

@@ -11,16 +11,19 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resist_ds.errors import DamagedError
+from resist_ds.files import patiently, status
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 _READ = 1 << 20  # bytes hashed at a time
@@ -124,6 +127,7 @@ def check_sealed(folder: Path) -> dict[str, Entry]:
 
     Raises:
         DamagedError: a file is missing, changed, too much, or no plain file.
+        UnreadableError: a file cannot be read; so with all that reads here.
     """
     files = check_listing(folder)
     for name, entry in files.items():
@@ -134,10 +138,16 @@ def check_sealed(folder: Path) -> dict[str, Entry]:
 
 def check_listing(folder: Path) -> dict[str, Entry]:
     """The quick part of `check_sealed`: the manifest, and names and sizes. Raises `DamagedError`."""
-    if not folder.is_dir():
+    found = status(folder)
+    if found is None or not stat.S_ISDIR(found.st_mode):
         raise DamagedError(f"{folder}: no such folder")
-    files = _manifest(folder / MANIFEST)
-    there = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+    files = read_manifest(folder)
+
+    def scan() -> dict[str, os.stat_result]:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+
+    there = _present(folder, scan)
     for name in sorted(there.keys() - files.keys() - {MANIFEST}):
         raise DamagedError(f"{folder / name} does not belong to this checkpoint: its manifest lacks it")
     for name, entry in files.items():
@@ -152,52 +162,15 @@ def check_listing(folder: Path) -> dict[str, Entry]:
     return files
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises `DamagedError`."""
-    try:
-        if path.is_symlink() or path.stat().st_size > _MAX_JSON:
-            raise DamagedError(f"{path} is no plain JSON file")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-
-
-def read_specs(path: Path) -> dict[str, Spec]:
-    """What a safetensors file holds. Raises `DamagedError`."""
-    try:
-        with safe_open(path, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return {n: Spec(_BY_NAME[s.get_dtype()], tuple(s.get_shape())) for n, s in slices.items()}
-    except KeyError as error:
-        raise DamagedError(f"{path} holds tensors of type {error}, which are never written") from None
-    except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-
-
-def _dump(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while part := file.read(_READ):
-                digest.update(part)
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def _manifest(path: Path) -> dict[str, Entry]:
+def read_manifest(folder: Path) -> dict[str, Entry]:
+    """What a sealed folder's manifest names. Raises `DamagedError` where it does not vouch for itself."""
+    path = folder / MANIFEST
     content = read_json(path)
     try:
         said = content.pop("sha256")
         files = {name: Entry(**entry) for name, entry in content["files"].items()}
         sound = set(content) == {"files"} and said == hashlib.sha256(_dump(content)).hexdigest()
-        sound = sound and path.read_bytes() == _dump({**content, "sha256": said})
+        sound = sound and _present(path, path.read_bytes) == _dump({**content, "sha256": said})
     except (AttributeError, KeyError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -206,3 +179,65 @@ def _manifest(path: Path) -> dict[str, Entry]:
         if name in ("", ".", "..", MANIFEST) or Path(name).name != name:
             raise DamagedError(f"{path} names {name!r}, which is no file of this folder")
     return files
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises `DamagedError`."""
+    found = _present(path, lambda: os.lstat(path))
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_JSON:
+        raise DamagedError(f"{path} is no plain JSON file")
+    try:
+        return json.loads(_present(path, path.read_bytes))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file to read tensors from, as numpy arrays in host memory. Raises `DamagedError`."""
+
+    def opened() -> Any:
+        with path.open("rb"):  # the library calls every error of the disk "no such file"
+            pass
+        return safe_open(path, "numpy")
+
+    try:
+        return _present(path, opened)
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def read_specs(path: Path) -> dict[str, Spec]:
+    """What a safetensors file holds. Raises `DamagedError`."""
+    try:
+        with open_safetensors(path) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return {n: Spec(_BY_NAME[s.get_dtype()], tuple(s.get_shape())) for n, s in slices.items()}
+    except KeyError as error:
+        raise DamagedError(f"{path} holds tensors of type {error}, which are never written") from None
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _present(path: Path, read: Callable[[], T]) -> T:
+    """`patiently`, where a file that is not there, or no file, is damage."""
+    try:
+        return patiently(path, read)
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{path} is no plain file ({error.strerror})") from None
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _digest(path: Path) -> str:
+    def read() -> str:
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while part := file.read(_READ):
+                digest.update(part)
+        return digest.hexdigest()
+
+    return _present(path, read)

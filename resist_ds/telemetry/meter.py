@@ -6,9 +6,9 @@ Seconds are those of the slowest rank, bytes are summed, peaks are per rank and 
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -136,6 +136,12 @@ class Totals:
     skipped: int = 0
     wall: float = 0.0
     accuracy: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> "Totals":
+        """Those that a checkpoint has taken along; what another version counts besides is left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in kept.items() if name in known})
 
     def to_keep(self) -> dict[str, Any]:
         """What a checkpoint takes along: the totals of the run, not of this process."""

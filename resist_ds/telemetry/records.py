@@ -47,7 +47,7 @@ class Telemetry:
         self._comm = comm
         self._last: dict[str, Any] = {}
         self._shown: dict[str, str] = {}
-        self.totals = Totals(**start.state.totals) if start.state else Totals()
+        self.totals = Totals.of(start.state.totals) if start.state else Totals()
         self._begun = time.monotonic() - self.totals.wall
 
     def open(self, settings: Mapping[str, Any]) -> None:

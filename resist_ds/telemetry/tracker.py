@@ -20,6 +20,7 @@ import requests
 from accelerate import Accelerator
 
 from resist_ds.errors import UserError
+from resist_ds.files import content, status
 from resist_ds.options.config import Config
 from resist_ds.state.start import Start
 
@@ -206,8 +207,8 @@ class Tracker:
         """The run's id in the tracker: a sweep's, that of the job which goes on, or a new one."""
         file = self._folder / "tracker_run"
         given = os.environ.get("WANDB_RUN_ID") if self._is_wandb and not new else None
-        if given is None and self._start.here and file.exists() and not new:
-            before = file.read_text().strip()
+        if given is None and self._start.here and not new and status(file) is not None:
+            before = content(file).decode(errors="replace").strip()  # another id would make it another run
             if before:
                 return before
         identity = given or secrets.token_hex(4)

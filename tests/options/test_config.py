@@ -406,7 +406,7 @@ def test_accelerate_configs_go_through_torchrun(name):
         ),
         (["--override", "lr, keep"], "--override 'keep': no option of that name shapes training"),
         (["--resume", ""], "--resume is empty: type never, auto or the folder of a checkpoint"),
-        (["--from_pretrained", ""], "--from_pretrained is empty: type a safetensors file"),
+        (["--from_pretrained", ""], "--from_pretrained is empty: type a file of weights, or timm"),
         (["--checkpoint_async", "maybe"], "--checkpoint_async is 'maybe': type true or false or null"),
         (["--on_nan", "go"], "--on_nan is 'go': type one of stop, skip"),
         (["--strategy", "dpp"], "--strategy is 'dpp': type one of resist, local_sgd, stochastic_depth, ddp"),

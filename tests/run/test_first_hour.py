@@ -46,6 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("first hour")
     (place / "empty").mkdir()
     (place / "wrong.yaml").write_text("lr: 0.1\nworker: 3\n")
+    (place / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (place / "spoilt" / "checkpoints" / "round-000002").mkdir(parents=True)
     code, _, stderr = call(["train.py", *TINY.split(), "--output_dir", "run"], place)
     assert (code, stderr) == (0, "")
     return place

@@ -220,18 +220,21 @@ def test_files_that_will_not_do(plain: Path, tmp_path: Path, ranks: Ranks) -> No
     del lacking["layer3.2.conv1.weight"]
     save_file(lacking, tmp_path / "lacking.safetensors")
     save_file({**load_file(plain), "extra.weight": torch.zeros(1)}, tmp_path / "extra.safetensors")
-    pickled = tmp_path / "net.pth"
-    torch.save({}, pickled)
+    torch.save({}, tmp_path / "net.pth")
+    spoilt = load_file(plain)
+    spoilt["layer3.3.bn1.bias"][0] = float("nan")
+    torch.save({"state_dict": spoilt}, tmp_path / "nan.pth")
+    model = "is not of --model resist_test_basic"
     for path, line in (
         ("none.safetensors", "no such file"),
-        ("text.safetensors", "is no safetensors file: "),
-        ("net.pth", "is no safetensors file: "),
+        ("text.safetensors", "is neither a safetensors file nor one that torch.save has written"),
+        ("net.pth", "holds no tensors by name (nothing)"),
         (
             "lacking.safetensors",
-            "is not of --model resist_test_basic: "
-            "layer3.2.conv1.weight is missing, and the model has [16, 16, 3, 3]",
+            f"{model}: layer3.2.conv1.weight is missing, and the model has [16, 16, 3, 3]",
         ),
-        ("extra.safetensors", "is not of --model resist_test_basic, which has no extra.weight"),
+        ("extra.safetensors", f"{model}, which has no extra.weight"),
+        ("nan.pth", "layer3.3.bn1.bias holds NaN or Inf"),
     ):
         options = {"from_pretrained": str(tmp_path / path), "output_dir": str(tmp_path / "run")}
         first, second = ranks(outcome, 2, tmp_path, options)

@@ -130,7 +130,7 @@ def test_release_lets_others_in(tmp_path: Path) -> None:
 
 def test_take_removes_what_a_killed_run_left_behind(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
-    for name in (f"{PARTIAL}round-000003-0a", f"{REPLACED}round-000001-0b", "round-000002", "mine"):
+    for name in (f"{PARTIAL}round-000003-0a", f"{REPLACED}round-000002-0b", "round-000002", "mine"):
         (checkpoints / name).mkdir(parents=True)
         (checkpoints / name / "file").write_text(name)
     assert [path.name for path in newest_first(checkpoints)] == ["round-000002"]
