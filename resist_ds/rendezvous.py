@@ -47,12 +47,13 @@ def meet(launch: Launch, timeout: timedelta) -> Store:
             "one (torchrun --master_port, accelerate launch --main_process_port, deepspeed --master_port)"
         ) from None
     arrivals = PrefixStore("arrivals", store)
-    if arrivals.add("count", 1) == launch.size:
+    # At least: torchrun's store outlives its ranks, and counts those of an earlier start too.
+    if arrivals.add("count", 1) >= launch.size:
         arrivals.set("complete", "")
     while True:
         try:
             arrivals.wait(["complete"], timedelta(seconds=waiting.seconds))
-            return store
+            return PrefixStore("default_pg", store)  # as torch would name it
         except torch.distributed.DistStoreError:  # not within that time
             missing = launch.size - arrivals.add("count", 0)
             waiting.over(f"{missing} of {launch.size} ranks", aloud=launch.local_rank == 0)

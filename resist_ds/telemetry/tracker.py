@@ -59,6 +59,8 @@ class Tracker:
         except Exception as error:  # a package that is there and broken
             self._broken = error
         self._config = config
+        # Bytes that are no text, typed, are none that every tracker takes.
+        self._name = config.run_name and config.run_name.encode(errors="replace").decode()
         self._settings = dict(settings)
         self._folder = folder
         self._start = start
@@ -154,7 +156,7 @@ class Tracker:
             # It would ask Hugging Face for the user's name, and tell that.
             trackio.run.Run._get_username = lambda self: None  # type: ignore[method-assign]
             # It knows runs by name alone; two jobs may have the same.
-            name = f"{config.run_name}-{identity}" if config.run_name else identity
+            name = f"{self._name}-{identity}" if self._name else identity
             return self._init(self._settings, name=name, resume="allow", auto_log_gpu=False)
         tracker = self._wandb(identity)
         for axis in AXES:
@@ -168,7 +170,7 @@ class Tracker:
         options: dict[str, Any] = {
             "id": identity,
             "resume": "allow",
-            "name": self._config.run_name,
+            "name": self._name,
             "dir": str(self._folder),
             "settings": _wandb_settings(),
         }

@@ -1,6 +1,7 @@
 """Every wrong call that a new user makes, and the line that it prints; then what a right one prints.
 
-tests/options/test_config.py and tests/run/test_errors.py have the rarer mistakes, and those that several ranks meet.
+tests/options/test_config.py and tests/run/test_errors.py have the rarer mistakes, and those that several
+ranks meet.
 """
 
 import os
