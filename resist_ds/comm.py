@@ -1,4 +1,5 @@
-"""Everything that communicates, and the only importer of deepspeed.comm and torch.distributed.
+"""Everything that communicates, and the only importer of deepspeed.comm; with rendezvous.py, of
+torch.distributed.
 
 Two back ends stand side by side: gloo for tensors in host memory, NCCL for tensors on GPUs. Exchanges
 go over NCCL where every rank has a GPU of its own, else over gloo with their buffers in host memory
@@ -20,6 +21,8 @@ import torch.distributed
 from torch import Tensor
 
 from resist_ds.errors import RunError, UserError
+from resist_ds.launcher import Launch
+from resist_ds.rendezvous import meet
 
 T = TypeVar("T")
 
@@ -42,14 +45,15 @@ class Comm:
     def __init__(self, timeout: timedelta = timedelta(minutes=30), init_method: str | None = None):
         """Join the job that the launcher's environment describes. Collective: all ranks.
 
+        A job of one rank joins nobody, and listens nowhere.
+
         Args:
             timeout: how long a collective waits for the others.
             init_method: rendezvous URL; default: the launcher's MASTER_ADDR and MASTER_PORT.
         """
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", self.size)))
+        launch = Launch.read(os.environ)
+        self.rank, self.size = launch.rank, launch.size
+        self.local_rank, self.local_size = launch.local_rank, launch.local_size
         self.ledger = Ledger()
         gpus = torch.cuda.device_count()
         self.device = torch.device("cuda", self.local_rank % gpus) if gpus else torch.device("cpu")
@@ -65,6 +69,7 @@ class Comm:
                 torch.distributed.init_process_group(
                     "cpu:gloo,cuda:nccl" if gpus else "gloo",
                     init_method=init_method,
+                    store=None if init_method else meet(launch, timeout),
                     timeout=timeout,
                     rank=self.rank,
                     world_size=self.size,
@@ -189,7 +194,7 @@ class Comm:
 
     def close(self) -> None:
         """Leave the job. Collective: all ranks."""
-        if torch.distributed.is_initialized():  # on one rank too: accelerate makes a group under torchrun
+        if torch.distributed.is_initialized():  # on one rank too: FSDP2 and DeepSpeed want a group
             torch.distributed.destroy_process_group()
 
     def _portable(self, error: Exception | None) -> RunError | None:

@@ -33,7 +33,10 @@ class PeakMemory:
         """Bytes in use: allocated on a GPU, resident on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        return psutil.Process().memory_info().rss
+        try:
+            return psutil.Process().memory_info().rss
+        except (psutil.Error, OSError):  # without /proc: what is certainly enough
+            return _resident_peak()
 
     def read(self) -> tuple[int, int]:
         """(peak, reserved): allocated and reserved by torch on a GPU; resident, twice, on a CPU."""
@@ -63,6 +66,6 @@ def _resident_peak() -> int:
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) << 10
-    except (OSError, IndexError):
+    except (OSError, IndexError, ValueError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak << 10

@@ -27,6 +27,8 @@ from typing import Any
 
 import psutil
 
+from resist_ds.launcher import Launch
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO = 1.0  # seconds in which a second signal is the same request, from the terminal and from the launcher
 LOOK = 0.5  # seconds between looks at the launcher
@@ -46,17 +48,17 @@ class Signals:
 
     Args:
         grace: seconds from the request to the forced end.
-        rank: only rank 0 says anything.
+        launch: whether a launcher has started this rank; only rank 0 says anything.
         parent: pid of the process that has started this one, if it may have ended since.
 
     Attributes:
         received: the signal that asked, or None.
     """
 
-    def __init__(self, grace: float, rank: int, parent: int | None = None):
+    def __init__(self, grace: float, launch: Launch, parent: int | None = None):
         self.received: signal.Signals | None = None
         self._grace = grace
-        self._rank = rank
+        self._launch = launch
         self._parent = parent or os.getppid()
         self._since = 0.0
         self._stands = "training had not begun"  # what an end now means
@@ -74,10 +76,12 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         named = _named()
-        if ("WORLD_SIZE" in os.environ and os.getppid() != self._parent) or None in named:
+        if (self._launch.launched and os.getppid() != self._parent) or None in named:
             self._orphaned()
         ended = Signals._launcher_ended
-        self._launchers = _launchers() + [(process, ended) for process in named if process is not None]
+        self._launchers = _launchers(self._launch.launched) + [
+            (process, ended) for process in named if process is not None
+        ]
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -130,7 +134,7 @@ class Signals:
 
     def _leave(self, why: str) -> None:
         assert self.received is not None
-        if self._rank == 0:  # not by print: the main thread may hold the stream's lock
+        if self._launch.rank == 0:  # not by print: the main thread may hold the stream's lock
             with suppress(OSError):  # of a pipe whose reader is gone: Ctrl-C ends `| tee log` too
                 os.write(sys.stderr.fileno(), f"error: stopped by {self.received.name}; {why}\n".encode())
         os._exit(128 + self.received)
@@ -140,14 +144,14 @@ def _noted(signum: int, frame: object) -> None:
     """Nothing: the thread has read of it."""
 
 
-def _launchers() -> list[tuple[psutil.Process, Callable[[Signals], None]]]:
+def _launchers(launched: bool) -> list[tuple[psutil.Process, Callable[[Signals], None]]]:
     """The launchers above this process, nearest first, and what their end means."""
     found: list[tuple[psutil.Process, Callable[[Signals], None]]] = []
     try:
         parents = psutil.Process().parents()
-    except psutil.Error:
+    except (psutil.Error, OSError):  # without /proc, say: then nobody is watched
         return []
-    if parents and "WORLD_SIZE" in os.environ:  # whoever it is, it has made us a rank
+    if parents and launched:  # whoever it is, it has made us a rank
         found.append((parents.pop(0), Signals._orphaned))
     for parent in parents:
         if not _is_launcher(parent):
@@ -159,21 +163,26 @@ def _launchers() -> list[tuple[psutil.Process, Callable[[Signals], None]]]:
 def _named() -> list[psutil.Process | None]:
     """The processes in RESIST_DS_LAUNCHERS; None for one that has ended."""
     named: list[psutil.Process | None] = []
-    own = psutil.Process()
     for pid in os.environ.get("RESIST_DS_LAUNCHERS", "").split():
         try:
             process = psutil.Process(int(pid))
             # One that is younger than this rank has only got the number of one that has ended.
-            named.append(process if _runs(process) and process.create_time() <= own.create_time() else None)
-        except (ValueError, psutil.Error):
+            named.append(
+                process
+                if _runs(process) and process.create_time() <= psutil.Process().create_time()
+                else None
+            )
+        except (ValueError, psutil.NoSuchProcess):
             named.append(None)
+        except (psutil.Error, OSError):  # it cannot be asked after, so it is not watched
+            continue
     return named
 
 
 def _is_launcher(process: psutil.Process) -> bool:
     try:
         command = process.cmdline()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return False
     # python /bin/torchrun …, python -m torch.distributed.run …, python -u -m deepspeed.launcher.launch …
     return any(os.path.basename(word) in LAUNCHERS for word in command[:4]) and "python" in command[0]
@@ -182,5 +191,7 @@ def _is_launcher(process: psutil.Process) -> bool:
 def _runs(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return False
+    except (psutil.Error, OSError):  # nobody can say, and a run does not end for that
+        return True

@@ -22,6 +22,7 @@ from resist_ds.engines.place import place_workers
 from resist_ds.engines.rates import Rates
 from resist_ds.engines.workers import Workers
 from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
+from resist_ds.launcher import Launch
 from resist_ds.memory import one_line_when_out
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import Worker
@@ -48,7 +49,7 @@ def main(config: Config, parent: int | None = None) -> int:
     Args:
         parent: pid of the process that has started this one, which may have ended since.
     """
-    with Signals(config.grace, int(os.environ.get("RANK", 0)), parent) as signals:
+    with Signals(config.grace, Launch.read(os.environ), parent) as signals:
         comm = Comm()  # it may wait long for the others
         try:
             trainer = Trainer(comm, config)
@@ -96,7 +97,6 @@ class Trainer:
         # Launchers differ in the thread counts that they set, and on a CPU results differ with these.
         self.config = config = replace(config, cpu_threads=start.threads(comm.local_size))
         torch.set_num_threads(config.cpu_threads)
-        os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)  # where it is unset, accelerate sets another
         torch.backends.cudnn.benchmark = True  # shapes never change
 
         layout = Layout(start.workers(comm.size), comm.size)
@@ -137,9 +137,9 @@ class Trainer:
         job = report.Job(self.config, self.comm, net.layout, net.blueprint, self.data, self.rounds)
         if self.start.position.round >= self.rounds:
             if self.comm.rank == 0:
-                print(
-                    f"nothing to do: the run is complete (round {self.start.position.round} of {self.rounds})"
-                )
+                done = self.start.position.round
+                with suppress(OSError):  # nobody may be reading
+                    print(f"nothing to do: the run is complete (round {done} of {self.rounds})", flush=True)
             return None
         self.comm.agree(lambda: self.start.make_way() if self.comm.rank == 0 else None)
         telemetry = Telemetry(self.comm, self.config, self.rounds, self.folder.metrics, self.start)

@@ -2,6 +2,7 @@
 
 import importlib
 
+import accelerate.tracking  # noqa: F401
 import sklearn.datasets  # noqa: F401
 import wandb  # noqa: F401
 

@@ -14,6 +14,7 @@ import typing
 from argparse import ArgumentError, HelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
+from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 import yaml
@@ -44,7 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     typed = list(_command_line(argv))
     from_files = [given for t in typed if t.name == "config" for given in _yaml_file(t.value)]
     print_config = [f"--print_config={t.value}".rstrip("=") for t in typed if t.name == "print_config"]
-    options = from_files + [t for t in typed if t.name in FIELDS]
+    options = [_plain(given) for given in from_files + [t for t in typed if t.name in FIELDS]]
     for given in (t for t in typed if t.name == "deepspeed" and t.value != "true"):
         raise UserError(
             f"--deepspeed takes no value, and {given.value!r} is one: type --deepspeed_config FILE.json"
@@ -98,6 +99,24 @@ def _command_line(argv: Sequence[str]) -> Iterator[_Given]:
         yield _Given(name, value, f"--{name}")
 
 
+def _plain(given: _Given) -> _Given:
+    """A value as Python and sweeps write it (None, True, 8.0) in the words that the option has for it."""
+    kinds, word = _kinds(given.name), given.value.strip().lower()
+    if (bool in kinds and word in ("true", "false")) or word in CHOICES.get(given.name, ()):
+        return given._replace(value=word)
+    if word in ("none", "null"):
+        null = "null" if type(None) in kinds else FIELDS[given.name].metadata["null"]
+        return given if null is None else given._replace(value=null)
+    if int in kinds:
+        try:
+            number = Decimal(word)
+        except InvalidOperation:
+            return given
+        if number.is_finite() and number.adjusted() < 20 and number == number.to_integral_value():
+            return given._replace(value=str(int(number)))
+    return given
+
+
 def _yaml_file(name: str) -> Iterator[_Given]:
     try:
         text = find(name, ".yaml").read_text(encoding="utf-8")
@@ -119,7 +138,8 @@ def _yaml_file(name: str) -> Iterator[_Given]:
             raise UserError(f"{where} is given twice: remove one of them")
         seen.add(option)
         null = isinstance(value, yaml.ScalarNode) and value.tag == "tag:yaml.org,2002:null"
-        if not isinstance(value, yaml.ScalarNode) or (null and type(None) not in _kinds(option)):
+        nullable = type(None) in _kinds(option) or FIELDS[option].metadata["null"] is not None
+        if not isinstance(value, yaml.ScalarNode) or (null and not nullable):
             raise UserError(f"{where} has {'no value' if null else 'a list'}: type {_expected(option)}")
         yield _Given(option, "null" if null else value.value, where)
 

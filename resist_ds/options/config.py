@@ -32,12 +32,14 @@ def _option(
     below: float = math.inf,
     group: str = "",
     free: bool = False,
+    null: str | None = None,
 ) -> T:
     """A field and its help. A number must lie in [low, below); `group` opens a section of `--help`.
 
     `free`: it does not shape what is trained, so a resumed run may have another value.
+    `null`: what a null means to an option that has none in its type, as the None of a sweep: nothing of it.
     """
-    metadata = {"doc": doc, "low": low, "below": below, "group": group, "free": free}
+    metadata = {"doc": doc, "low": low, "below": below, "group": group, "free": free, "null": null}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -108,9 +110,11 @@ class Config:
         free=True,
     )
     local_steps: int = _option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
-    min_blocks: int = _option(0, "Every sub-ResNet holds at least so many pool blocks.")
+    min_blocks: int = _option(0, "Every sub-ResNet holds at least so many pool blocks.", null="0")
     warmup_rounds: int = _option(
-        0, "First rounds done as local SGD. In these each worker holds the FULL model, with its memory."
+        0,
+        "First rounds done as local SGD. In these each worker holds the FULL model, with its memory.",
+        null="0",
     )
     optimizer_state: Literal["travel", "reset"] = _option(
         "travel", "Momentum travels with its block and is averaged like it, or starts anew every round."
@@ -133,14 +137,16 @@ class Config:
     momentum: float = _option(0.9, "Momentum of SGD.", below=1)
     nesterov: bool = _option(False, "Nesterov's form of the momentum (SGD).")
     weight_decay: float = _option(5e-4, "Weight decay, on every parameter as in the paper.")
-    label_smoothing: float = _option(0.0, "Label smoothing of the training loss.", below=1)
-    clip_grad: float = _option(0.0, "Largest gradient norm of a sub-ResNet; 0: no clipping.")
+    label_smoothing: float = _option(0.0, "Label smoothing of the training loss.", below=1, null="0")
+    clip_grad: float = _option(
+        0.0, "Largest gradient norm of a sub-ResNet; 0 or null: no clipping.", null="0"
+    )
     schedule: Literal["step", "cosine", "constant", "deepspeed"] = _option(
         "step",
         "Learning rate over the run; step: divided by 10 at 50 % and again at 75 % of training; deepspeed: "
         "the scheduler in --deepspeed_config.",
     )
-    lr_warmup_steps: int = _option(0, "Local steps of linear warm-up of the learning rate.")
+    lr_warmup_steps: int = _option(0, "Local steps of linear warm-up of the learning rate.", null="0")
 
     mixed_precision: Literal["no", "bf16", "fp16"] = _option(
         _precision_of_launcher,

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from resist_ds.comm import Comm
@@ -25,6 +24,27 @@ from resist_ds.state.saver import Saved
 from resist_ds.state.start import Start
 from resist_ds.telemetry import tracker
 from resist_ds.telemetry.meter import Figures, Totals, memory_metrics, round_metrics, slowest
+
+
+class Bar:
+    """The progress bar, where there is a terminal; one that is gone, or strange, ends no run."""
+
+    def __init__(self, done: int, rounds: int):
+        self._bar: tqdm[Any] | None = None
+        with suppress(Exception):  # TQDM_NCOLS=wide and the like: tqdm takes its options from there too
+            self._bar = tqdm(total=rounds, initial=done, unit="round", dynamic_ncols=True, disable=None)
+
+    def update(self, shown: Mapping[str, str]) -> None:
+        """One more round is done."""
+        if self._bar is not None:
+            with suppress(OSError, ValueError):
+                self._bar.set_postfix(shown, refresh=False)
+                self._bar.update()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            with suppress(OSError, ValueError):
+                self._bar.close()
 
 
 class Telemetry:
@@ -42,7 +62,7 @@ class Telemetry:
         self._start = start
         self._file: TextIO | None = None
         self._tracker: tracker.Tracker | None = None
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         self._rounds = rounds
         self._comm = comm
         self._last: dict[str, Any] = {}
@@ -58,14 +78,6 @@ class Telemetry:
         """
         config = self._config
         tracker.check(config)
-        # Every rank makes one, as accelerate expects; its process group is the one that comm has made.
-        accelerator = Accelerator(
-            cpu=self._comm.device.type == "cpu",
-            mixed_precision="no",
-            log_with=None if config.log_with == "none" else config.log_with,
-            project_dir=self._path.parent,
-        )
-        assert accelerator.num_processes == self._comm.size, (accelerator.num_processes, self._comm.size)
         if self._main:
             try:
                 self._file = self._path.open("a" if self._start.here else "w", buffering=1)
@@ -75,13 +87,10 @@ class Telemetry:
                     "type another folder"
                 ) from None
             if config.progress:
-                done = self._start.position.round
-                self._bar = tqdm(
-                    total=self._rounds, initial=done, unit="round", dynamic_ncols=True, disable=None
-                )
-            if config.log_with != "none":
+                self._bar = Bar(self._start.position.round, self._rounds)
+            if tracker.is_wanted(config):
                 facts = (settings, self._path.parent, self._start)
-                self._tracker = tracker.Tracker(accelerator, config, *facts, self.say, self.warn)
+                self._tracker = tracker.Tracker(config, *facts, self.say, self.warn)
 
     def round(self, position: Mapping[str, Any], ranks: Sequence[Figures], skipped: int = 0) -> None:
         """A round is done; that of `skipped` workers was dropped."""
@@ -97,8 +106,7 @@ class Telemetry:
                 "loss": f"{metrics['train/loss']:.3f}",
                 "img/s": f"{metrics['perf/samples_per_s']:.0f}",
             }
-            self._bar.set_postfix(self._shown, refresh=False)
-            self._bar.update()
+            self._bar.update(self._shown)
 
     def evaluation(
         self, position: Mapping[str, Any], ranks: Sequence[Figures], loss: float, accuracy: float
@@ -174,14 +182,14 @@ class Telemetry:
     def say(self, text: str) -> None:
         """A line for the person at the terminal, above the progress bar; from rank 0."""
         if self._main:
-            with suppress(OSError):  # a reader that is gone does not end the run
+            with suppress(OSError, ValueError):  # a reader that is gone does not end the run
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """Something that does not stop the run; from rank 0."""
         if self._main:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def __enter__(self) -> "Telemetry":

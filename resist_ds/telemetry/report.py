@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Job:
             "total_rounds": self.rounds,
             "device": self.comm.device.type,
             "backend": self.comm.backend,
-            "versions": versions | {name: version(name) for name in packages},
+            "versions": versions | {name: _version(name) for name in packages},
             "git_commit": _commit() if self.comm.rank == 0 else None,  # rank 0 alone tells it
         }
 
@@ -192,13 +192,29 @@ def closing(
 
 
 def _shareable(value: Any) -> Any:
-    """An option as others may see it."""
-    if not isinstance(value, str) or not (
-        os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts
-    ):
+    """An option as others may see it, in text that every tracker takes."""
+    if not isinstance(value, str):
         return value
-    name = Path(value).name
-    return "…" if name in ("..", Path.home().name) or name.startswith("~") else f"…/{name}"
+    text = value.encode(errors="replace").decode()  # bytes of another encoding, typed, are no text
+    if not (os.path.isabs(value) or value.startswith("~") or ".." in Path(value).parts):
+        return text
+    name = Path(text).name
+    return "…" if name in ("..", _home()) or name.startswith("~") else f"…/{name}"
+
+
+def _home() -> str | None:
+    """What the user's folder is called; None for a user without one (a number of a container, say)."""
+    try:
+        return Path.home().name
+    except RuntimeError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # installed by other means than a wheel
+        return None
 
 
 @cache
@@ -249,10 +265,10 @@ def _ranks_asked_for() -> int | None:
 
     `accelerate launch --cpu --num_processes 2` starts one process without a word.
     """
-    try:
-        parent = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[1]
-        command = Path(f"/proc/{parent}/cmdline").read_text()
-    except (OSError, IndexError):
+    try:  # in bytes: a command line may hold any, and so may the name of a program
+        parent = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[1]
+        command = Path(f"/proc/{int(parent)}/cmdline").read_bytes()
+        found = re.search(rb"\0--(?:num_processes|num_gpus|nproc[_-]per[_-]node)[\0=](\d{1,6})\0", command)
+    except (OSError, IndexError, ValueError):
         return None
-    found = re.search(r"\0--(?:num_processes|num_gpus|nproc[_-]per[_-]node)[\0=](\d+)\0", command)
     return int(found.group(1)) if found else None

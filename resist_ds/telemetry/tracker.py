@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from accelerate import Accelerator
 
 from resist_ds.errors import UserError
 from resist_ds.files import content, status
@@ -47,7 +46,6 @@ class Tracker:
 
     def __init__(
         self,
-        accelerator: Accelerator,
         config: Config,
         settings: Mapping[str, Any],
         folder: Path,
@@ -55,9 +53,15 @@ class Tracker:
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ):
-        importlib.import_module(config.log_with)  # here: two threads that import may wait for each other
-        self._accelerator = accelerator
+        self._broken: Exception | None = None
+        try:  # here: two threads that import may wait for each other
+            importlib.import_module(config.log_with)
+            _be_alone()
+        except Exception as error:  # a package that is there and broken
+            self._broken = error
         self._config = config
+        # Bytes that are no text, typed, are none that every tracker takes.
+        self._name = config.run_name and config.run_name.encode(errors="replace").decode()
         self._settings = dict(settings)
         self._folder = folder
         self._start = start
@@ -116,6 +120,8 @@ class Tracker:
         """The life of the thread."""
         name = self._config.log_with
         try:
+            if self._broken is not None:
+                raise self._broken
             tracker = self._begin()
         except Exception as error:  # a tracker that is down must not stop a run; metrics.jsonl has it all
             self._failed = True
@@ -151,7 +157,7 @@ class Tracker:
             # It would ask Hugging Face for the user's name, and tell that.
             trackio.run.Run._get_username = lambda self: None  # type: ignore[method-assign]
             # It knows runs by name alone; two jobs may have the same.
-            name = f"{config.run_name}-{identity}" if config.run_name else identity
+            name = f"{self._name}-{identity}" if self._name else identity
             return self._init(self._settings, name=name, resume="allow", auto_log_gpu=False)
         tracker = self._wandb(identity)
         for axis in AXES:
@@ -165,7 +171,7 @@ class Tracker:
         options: dict[str, Any] = {
             "id": identity,
             "resume": "allow",
-            "name": self._config.run_name,
+            "name": self._name,
             "dir": str(self._folder),
             "settings": _wandb_settings(),
         }
@@ -181,8 +187,10 @@ class Tracker:
             return self._init(settings, mode=mode, **options)
         key = _has_key()
         if key or self._config.wandb_project or "WANDB_MODE" in environment:
+            answered = False
             try:
                 _ask_server(key)
+                answered = True
                 tracker = self._init(settings, mode="online", **options)
                 self._say(f"wandb: {tracker.tracker.url}")
                 return tracker
@@ -191,17 +199,21 @@ class Tracker:
                     f"wandb is offline ({_first_line(error)}); later, wandb sync {self._folder}/wandb/*run-* "
                     "sends this run"
                 )
-            if self._accelerator.trackers:  # its server answered, and then failed: its id is taken here
-                self._accelerator.trackers.clear()
+            if answered:  # its server answered, and then failed: its id is taken here
                 options["id"] = self._identity(new=True)
         return self._init(settings, mode="offline", **options)
 
     def _init(self, hyperparameters: dict[str, Any], **options: Any) -> Any:
         """Accelerate's tracker of one kind, started."""
-        name = self._config.log_with
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[self._config.log_with]
         project = self._config.wandb_project or os.environ.get("WANDB_PROJECT") or "resist_ds"
-        self._accelerator.init_trackers(project, hyperparameters, init_kwargs={name: options})
-        return self._accelerator.get_tracker(name)
+        folder = (str(self._folder),) if kind.requires_logging_directory else ()
+        tracker = kind(project, *folder, **options)
+        tracker.start()
+        tracker.store_init_configuration(hyperparameters)
+        return tracker
 
     def _identity(self, new: bool = False) -> str:
         """The run's id in the tracker: a sweep's, that of the job which goes on, or a new one."""
@@ -218,12 +230,34 @@ class Tracker:
         return identity
 
 
+def is_wanted(config: Config) -> bool:
+    """Whether there is to be a run in a tracker: wandb's is called off by variables of its own, too."""
+    if config.log_with == "wandb":
+        said = os.environ.get("WANDB_DISABLED", "").strip().lower()  # as Hugging Face's programs know it
+        if said in ("true", "1", "yes", "on", "t", "y"):
+            return False
+        return os.environ.get("WANDB_MODE", "").strip().lower() != "disabled"
+    return config.log_with != "none"
+
+
 def check(config: Config) -> None:
     """Raises `UserError` where the package of `--log_with` is not installed."""
-    if config.log_with != "none" and importlib.util.find_spec(config.log_with) is None:
+    if is_wanted(config) and importlib.util.find_spec(config.log_with) is None:
         raise UserError(
             f"--log_with {config.log_with}: type pip install {config.log_with}, or --log_with none"
         )
+
+
+def _be_alone() -> None:
+    """Make accelerate's state, which its trackers ask: here the one process that has a tracker.
+
+    It would read the launcher's variables by rules of its own, and join what they speak of.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import clear_environment
+
+    with clear_environment():
+        PartialState(cpu=True)
 
 
 def _wandb_settings() -> Any:

@@ -83,6 +83,16 @@ def test_argv_defaults_to_the_process(monkeypatch):
         ("--local-rank 3 --lr 2", {"lr": 2.0}),
         ("--lr 2 --local_rank 1", {"lr": 2.0}),
         ("--local_rank -1", {}),
+        # As sweeps and Python's str() write them.
+        ("--batch_size=8.0", {"batch_size": 8}),
+        ("--batch_size 1e2 --rounds 3.", {"batch_size": 100, "rounds": 3}),
+        ("--seed 9007199254740993.0", {"seed": 9007199254740993}),  # no float has that value
+        ("--clip_grad=None --rounds None --data_dir none", {}),
+        ("--clip_grad 1 --clip_grad null", {}),
+        ("--label_smoothing=None --min_blocks None --warmup_rounds None --lr_warmup_steps None", {}),
+        ("--augment False --compile=True", {"augment": False, "compile": True}),
+        ("--log_with None", {"log_with": "none"}),
+        ("--output_dir None", {"output_dir": "None"}),  # any text is a folder
     ],
 )  # fmt: skip
 def test_command_line(line, expected):
@@ -105,6 +115,7 @@ def test_numbers_have_the_declared_type():
         ("local-steps: 3", {"local_steps": 3}),
         ("augment: false\nprogress: no", {"augment": False, "progress": False}),
         ("rounds: 3\nworkers:\neval_batch_size: ~\nnum_classes: null", {"rounds": 3}),
+        ("batch_size: 8.0\nclip_grad:\nrounds: None\naugment: False", {"batch_size": 8, "augment": False}),
         ("", {}),
         ("# only a comment\n", {}),
         ("---\nlr: 2 # why\n", {"lr": 2.0}),
@@ -195,6 +206,11 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
         ("--lr null", "--lr is 'null': type a number"),
         ("--lr true", "--lr is 'true': type a number"),
         ("--local_steps 1.5", "--local_steps is '1.5': type a whole number"),
+        ("--batch_size=8.5", "--batch_size is '8.5': type a whole number"),
+        ("--batch_size=1e999999999", "--batch_size is '1e999999999': type a whole number"),
+        ("--batch_size=nan", "--batch_size is 'nan': type a whole number"),
+        ("--lr=None", "--lr is 'None': type a number"),
+        ("--mixed_precision None", "--mixed_precision is 'None': type one of no, bf16, fp16"),
         ("--local_steps true", "--local_steps is 'true': type a whole number"),
         ("--rounds x", "--rounds is 'x': type a whole number or null"),
         ("--augment maybe", "--augment is 'maybe': type true or false"),

@@ -18,12 +18,20 @@ TINY = "--dataset synthetic --img_size 8 --batch_size 8 --local_steps 2 --rounds
 TINY += "--eval_every 0 --cpu_threads 1 --log_with none"
 
 _TABLE = (Path(__file__).parent / "first_hour.txt").read_text()
-CALLS: dict[str, str] = dict(re.findall(r"^\$ python (.*)\nerror: (.*)$", _TABLE, re.MULTILINE))
+CALLS: dict[str, str] = {
+    variables + words: line
+    for variables, words, line in re.findall(
+        r"^\$ ((?:\w+=\S* )*)python (.*)\nerror: (.*)$", _TABLE, re.MULTILINE
+    )
+}
 LATE = "train.py --batch_size 1 --img_size 8 --dataset synthetic"  # shows when training has begun
 
 
 def typed(words: list[str], place: Path) -> None:
-    """The life of a process that was started with these words."""
+    """The life of a process that was started with these words, NAME=value before them."""
+    while (variable := words[0].partition("="))[1]:
+        os.environ[variable[0]] = variable[2]
+        words = words[1:]
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(place)

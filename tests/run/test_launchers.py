@@ -33,7 +33,7 @@ JOB = [
 ]
 DDP = [*JOB, "--workers", "2", "--strategy", "ddp"]
 # An engine under each launcher; tests/engines/test_engines.py has them all.
-ENGINES = (("accelerate", "fsdp"), ("deepspeed", "zero3"), ("torchrun", "zero1"))
+ENGINES = (("accelerate --config_file", "fsdp"), ("deepspeed", "zero3"), ("torchrun", "zero1"))
 TYPO = ["--modle", "preact_resnet_small"]
 TYPO_LINE = "error: unknown option --modle (did you mean --model?)"
 
@@ -64,13 +64,20 @@ def command(launcher: str, script: Path) -> list[str]:
     """Launchers default to port 29500, which another job may have."""
     accelerate, deepspeed, torchrun = (str(BIN / name) for name in ("accelerate", "deepspeed", "torchrun"))
     prefix = {
-        # Below a shell whose text speaks of more ranks: it is no launcher, and nobody asked for them.
-        "python": lambda: ["sh", "-c", '"$@"; exit $?; torchrun --nproc_per_node 2', "sh", sys.executable],
+        # Below a shell whose text speaks of more ranks (and holds a byte that is no text): it is no launcher,
+        # and nobody asked for them.
+        "python": lambda: [
+            *("sh", "-c", '"$@"; exit $?; torchrun --nproc_per_node 2 \udcff', "sh", sys.executable)
+        ],
         "accelerate": lambda: [
             *(accelerate, "launch", "--multi_gpu", "--num_processes", "2"),
             *("--main_process_port", free_port()),
         ],
         "accelerate --cpu": lambda: [accelerate, "launch", "--cpu", "--num_processes", "2"],
+        "accelerate --config_file": lambda: [
+            *(accelerate, "launch", "--config_file", str(Path(__file__).parent / "accelerate_fsdp.yaml")),
+            *("--main_process_port", free_port()),
+        ],
         "deepspeed": lambda: [deepspeed, "--num_gpus", "2", "--master_port", free_port()],
         "torchrun": lambda: [torchrun, "--nproc_per_node", "2", "--master_port", free_port()],
         "torchrun 1": lambda: [torchrun, "--nproc_per_node", "1", "--master_port", free_port()],
@@ -158,6 +165,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
         "deepspeed: typo": ("deepspeed", TYPO, TRAIN),
         "accelerate: typo": ("accelerate", TYPO, TRAIN),
         "torchrun: typo": ("torchrun", TYPO, late),
+        "accelerate: wish": ("accelerate --config_file", JOB, TRAIN),
     }
     with ThreadPoolExecutor(2) as pool:
         futures: dict[str, Future[Finished]] = {
@@ -267,3 +275,10 @@ def test_a_typo_is_answered_in_one_line(launcher: str, codes: set[int], launches
     assert finished.said() == [TYPO_LINE], finished.stdout + finished.stderr
     assert finished.code in codes
     assert not finished.our_traceback()
+
+
+def test_what_accelerate_launch_asks_for_is_not_passed_over(launches: Launches) -> None:
+    """Its file says FSDP, and no option does; with the option (an engine above) it trains."""
+    finished = launches("accelerate: wish")
+    assert finished.said() == ["error: accelerate launch asks for FSDP: type --strategy fsdp"]
+    assert finished.code in {1, 2} and not finished.our_traceback() and not finished.metrics

@@ -112,7 +112,7 @@ class Counted(Signals):
 
     def _request(self, signum: signal.Signals) -> None:
         super()._request(signum)
-        with (self.folder / f"requests{self._rank}").open("a") as file:
+        with (self.folder / f"requests{self._launch.rank}").open("a") as file:
             file.write(".")
 
 
@@ -589,8 +589,9 @@ def test_launcher_that_is_killed_leaves_sound_checkpoints_and_no_process(ends: E
 
 NOBODY_READS = """
 import os, signal, time
+from resist_ds.launcher import Launch
 from resist_ds.signals import Signals
-with Signals(60, 0) as signals:
+with Signals(60, Launch()) as signals:
     signals.defer()
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1.5)

@@ -340,6 +340,7 @@ def test_warm_up_rounds_count_in_the_predicted_memory(ranks: Ranks, tmp_path: Pa
         ("../..", "…"),
         (f"../{Path.home().name}", "…"),
         ("../photos", "…/photos"),
+        ("caf\udce9", "caf?"),  # a byte that is no text
         (3, 3),
         (None, None),
     ],
@@ -377,13 +378,16 @@ def test_without_a_tracker_there_is_only_the_file(run: Run) -> None:
 
 
 def threads_beside_accelerate(comm: Comm, options: dict[str, Any]) -> int:
+    """Its state, which a tracker needs, counts cores where OMP_NUM_THREADS says nothing."""
     os.environ.pop("OMP_NUM_THREADS", None)  # as deepspeed and python leave it
     trainer = Trainer(comm, Config(**options))
+    before = dict(os.environ)
     with Telemetry(comm, trainer.config, 1, trainer.folder.metrics, trainer.start) as opened:
         opened.open({})
+    assert dict(os.environ) == before
     return torch.get_num_threads()
 
 
 def test_accelerate_leaves_the_threads_as_they_were_set(ranks: Ranks, tmp_path: Path) -> None:
-    options = OPTIONS | {"cpu_threads": 3, "output_dir": str(tmp_path)}
+    options = OPTIONS | {"cpu_threads": 3, "output_dir": str(tmp_path), "log_with": "tensorboard"}
     assert ranks(threads_beside_accelerate, 2, options) == [3, 3]
