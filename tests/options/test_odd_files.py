@@ -92,7 +92,7 @@ def section(names: list[str]) -> st.SearchStrategy[str]:
     return pairs.map(lambda each: "{" + ", ".join(each) + "}")
 
 
-@fuzzed(150)
+@fuzzed(100)
 @given(section([*SECTIONS, *TOP]))
 def test_any_json_is_a_config_or_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzz.json"
@@ -150,7 +150,7 @@ WORDS = [
 ]
 
 
-@fuzzed(150)
+@fuzzed(100)
 @given(
     st.lists(
         st.tuples(
