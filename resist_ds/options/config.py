@@ -42,10 +42,7 @@ def _option(
     `null`: what a null means to an option that has none in its type, as the None of a sweep: nothing of it.
     `many`: a text of values that are joined by commas, which may be a list in a YAML file.
     """
-    metadata = {"doc": doc, "low": low, "below": below, "group": group, "free": free} | {
-        "null": null,
-        "many": many,
-    }
+    metadata = dict(doc=doc, low=low, below=below, group=group, free=free, null=null, many=many)
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -250,8 +247,7 @@ class Config:
         if not self.deepspeed_config:
             self._check_values()
             return
-        alone = self.way.stage is None
-        file = DeepSpeedFile(self.deepspeed_config, self.accumulation_steps, alone)
+        file = DeepSpeedFile(self.deepspeed_config, self.accumulation_steps, alone=self.way.stage is None)
         try:
             self._check_values()
         except UserError as error:
