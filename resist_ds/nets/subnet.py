@@ -254,7 +254,9 @@ def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.
     """The optimizer that a run's options ask for."""
     if config.optimizer == "adamw":
         # fused keeps the step counters on the device, where they travel with their piece
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            parameters, config.lr, config.two_betas, config.eps, config.weight_decay, fused=True
+        )
     return torch.optim.SGD(
         parameters,
         config.lr,

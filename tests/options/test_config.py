@@ -93,6 +93,9 @@ def test_argv_defaults_to_the_process(monkeypatch):
         ("--augment False --compile=True", {"augment": False, "compile": True}),
         ("--log_with None", {"log_with": "none"}),
         ("--output_dir None", {"output_dir": "None"}),  # any text is a folder
+        ("--optimizer adamw --betas 0.8,.99 --eps 1e-6", dict(optimizer="adamw", betas="0.8,0.99", eps=1e-6)),
+        ("--betas [0.90,0.999]", {}),
+        ("--betas=(.9,.999)", {}),
     ],
 )  # fmt: skip
 def test_command_line(line, expected):
@@ -120,6 +123,8 @@ def test_numbers_have_the_declared_type():
         ("# only a comment\n", {}),
         ("---\nlr: 2 # why\n", {"lr": 2.0}),
         ("{lr: 2, rounds: 1}", {"lr": 2.0, "rounds": 1}),
+        ("optimizer: adamw\nbetas: [0.8, 0.99]", {"optimizer": "adamw", "betas": "0.8,0.99"}),
+        ("override: [lr, epochs]", {"override": "lr,epochs"}),
     ],
 )
 def test_yaml(text, expected):
@@ -236,6 +241,13 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
         ("--download --dataset imagenet --data_dir x", "--download cannot fetch imagenet"),
         ("--dtype float64 --mixed_precision fp16", "type --mixed_precision no"),
         ("--warmup_rounds 3 --rounds 2", "type at most 2"),
+        ("--betas 0.9", "--betas is '0.9': type two numbers, at least 0 and below 1, such as 0.9,0.999"),
+        ("--betas 0.9,0.99,0.999", "--betas is '0.9,0.99,0.999': type two numbers"),
+        ("--betas 0.9,1", "--betas is '0.9,1': type two numbers"),
+        ("--betas 0.9,nan", "--betas is '0.9,nan': type two numbers"),
+        ("--betas 0.9,much", "--betas is '0.9,much': type two numbers"),
+        ("--betas 0.8,0.99", "--betas is for --optimizer adamw: leave it out, or type that"),
+        ("--eps 1e-6", "--eps is for --optimizer adamw: leave it out, or type that"),
         ("--model=", "--model is empty"),
         ("--output_dir=", "--output_dir is empty"),
         (f"--seed {'9' * 5000}", "--seed is"),
@@ -250,7 +262,7 @@ LEAST = dict(
     warmup_rounds=0, transit_mib=1, batch_size=1, accumulation_steps=1, rounds=1, lr=0, momentum=0,
     weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0, eval_every=0,
     eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0, checkpoint_minutes=0,
-    keep=1, grace=0, seed=0,
+    keep=1, grace=0, seed=0, eps=0,
 )  # fmt: skip
 
 
@@ -258,7 +270,8 @@ def test_every_number_has_its_limit():
     numbers = {f.name for f in dataclasses.fields(Config) if str(f.type).split(" |")[0] in ("int", "float")}
     assert numbers == {*LEAST, "epochs"}
     for name, least in LEAST.items():
-        assert getattr(Config(**{name: least}), name) == least
+        kind = {"optimizer": "adamw"} if name == "eps" else {}
+        assert getattr(Config(**{name: least}, **kind), name) == least
         for wrong in (least - 1, math.nan, math.inf, -math.inf):
             with pytest.raises(UserError, match=f"^--{name} is .*: type a finite number, at least {least}"):
                 Config(**{name: wrong})

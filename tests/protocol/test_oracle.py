@@ -110,7 +110,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "everything-held-by-all": (2, {"min_blocks": 8, "momentum": 0.0}),
     "warm-up": (2, {"workers": 3, "warmup_rounds": 2, "rounds": 4, "local_steps": 2, "eval_every": 1}),
     "adamw": (2, {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "min_blocks": 5}),
-    "adamw-reset": (2, {"optimizer": "adamw", "lr": 1e-3, "optimizer_state": "reset"}),
+    "adamw-reset": (
+        2,
+        {"optimizer": "adamw", "lr": 1e-3, "optimizer_state": "reset", "betas": "0.8,0.99", "eps": 1e-3},
+    ),
     "options-of-training": (
         2,
         {

@@ -56,6 +56,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "wrong.yaml").write_text("lr: 0.1\nworker: 3\n")
     (place / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (place / "spoilt" / "checkpoints" / "round-000002").mkdir(parents=True)
+    (place / "twice.json").write_text('{"steps_per_print": Infinity, "bf16": {}, "bf16": {}}')
+    (place / "on.json").write_text(
+        '{"amp": {"enabled": true}, "dump_state": false, "fp16": {"enabled": true}}'
+    )
     code, _, stderr = call(["train.py", *TINY.split(), "--output_dir", "run"], place)
     assert (code, stderr) == (0, "")
     return place
