@@ -5,9 +5,11 @@ and that is said; a file that holds no weights is refused in words that say what
 """
 
 import argparse
+import errno
 import pickle
 import re
 import stat
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -194,8 +196,14 @@ def _unpickled(path: Path, mapped: bool) -> Any:
         with path.open("rb"):  # so that an error of the disk is one
             pass
         # timm's and torchvision's training scripts keep their arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what a file is that will be refused
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            except OSError as error:
+                if error.errno in (None, errno.EINVAL):  # a place that a file which is cut off does not have
+                    raise ValueError(error.strerror or "it ends too early") from None
+                raise
 
     try:
         return patiently(path, load)

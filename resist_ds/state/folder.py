@@ -67,7 +67,8 @@ class RunFolder:
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this folder's."""
-        return checkpoint.resolve().parent == self.checkpoints.resolve()
+        here = self.checkpoints.resolve()  # of a link count where it lies and where it leads
+        return here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left out of the way of a new one; returns where it is now, or None."""

@@ -214,6 +214,11 @@ def test_holds_tells_its_own_checkpoints_from_others(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     assert folder.holds(tmp_path / "run" / "checkpoints" / "round-000001")
     assert folder.holds(tmp_path / "link" / "checkpoints" / "round-000001")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoints" / "round-000002").symlink_to(tmp_path / "elsewhere")
+    assert folder.holds(tmp_path / "run" / "checkpoints" / "round-000002")
+    (tmp_path / "latest").symlink_to(tmp_path / "run" / "checkpoints" / "round-000001")
+    assert folder.holds(tmp_path / "latest")
     assert not folder.holds(tmp_path / "run" / "earlier-1" / "checkpoints" / "round-000001")
 
 
