@@ -75,7 +75,7 @@ class Weights:
         self.shapes = {name: self.shapes[before] for name, before in inside.items()}
         self._say_prefixes({prefix})
         if aside:
-            self._said.append(f"{aside} other tensors are left out")
+            self._said.append(f"{aside} other tensor{'s are' if aside > 1 else ' is'} left out")
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of floats, in host memory; halves are widened.

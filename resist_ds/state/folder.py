@@ -54,6 +54,7 @@ class RunFolder:
                 f"--output_dir {self.path} is in use by {self._who()}: stop that run, or type another folder"
             ) from None
         except OSError as error:
+            self.release()
             raise UserError(
                 f"--output_dir {self.path} cannot be written to ({error.strerror}): type another folder"
             ) from None

@@ -91,7 +91,7 @@ FORMS: dict[str, tuple[Callable[[State], Any], str]] = {
     "compiled ddp": (lambda s: prefixed(s, "_orig_mod.module."), "_orig_mod.module. is taken off the names"),
     "a trainer's": (
         lambda s: {"state_dict": prefixed(s, "model.") | {"loss.weight": torch.ones(3)}},
-        "state_dict is what is read, model. is taken off the names, 1 other tensors are left out",
+        "state_dict is what is read, model. is taken off the names, 1 other tensor is left out",
     ),
     "a ddp trainer's": (
         lambda s: prefixed(s, "module.backbone."),

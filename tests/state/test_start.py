@@ -101,6 +101,7 @@ def test_timms_weights_are_fetched_once_and_only_where_that_is_asked_for(
     assert hub.asked == []
     results = ranks(with_hub, 2, tmp_path, {**options, "download": True}, hub.server_port)
     assert [r.code for r in results] == [0, 0], results
+    assert "starts from the weights in " in (tmp_path / "stdout0").read_text()
     assert [line for line in hub.asked if line.startswith("GET /timm")] == [
         f"GET /{SOURCE.hf_hub_id}/resolve/main/model.safetensors"
     ]
