@@ -236,9 +236,8 @@ def _tensors_of(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     where: list[str] = []
     while isinstance(content, Mapping) and len(where) <= _DEPTH:
         own = _tensors(content)
-        inner = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping) and v}
-        known = next((key for key in _WRAPPINGS if key in inner), None)
-        counts = {key: len(_tensors(value)) for key, value in inner.items()}
+        counts = {key: n for key, value in content.items() if isinstance(key, str) and (n := _count(value))}
+        known = next((key for key in _WRAPPINGS if key in counts), None)
         most = max(counts.values(), default=0)
         largest = [key for key, count in counts.items() if count == most > len(own)]
         if known is None and len(largest) > 1:
@@ -252,11 +251,19 @@ def _tensors_of(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
         if key is None:
             break
         where.append(key)
-        content = inner[key]
+        content = content[key]
     holds = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise UserError(
         f"--from_pretrained {path} holds no tensors by name ({holds or 'nothing'}): save net.state_dict()"
     )
+
+
+def _count(content: Any, depth: int = _DEPTH) -> int:
+    """Tensors by name in dictionaries of dictionaries; none in a tensor."""
+    if not isinstance(content, Mapping) or depth < 0:
+        return 0
+    inside = (value for key, value in content.items() if isinstance(key, str))
+    return len(_tensors(content)) + sum(_count(value, depth - 1) for value in inside)
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:

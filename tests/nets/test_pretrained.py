@@ -85,6 +85,10 @@ FORMS: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "the tutorial's": (lambda s: {"model_state_dict": s, "loss": 0.5}, "model_state_dict is what is read"),
     "one of a kind": (lambda s: {"net": s, "rng": torch.ones(3)}, "net is what is read"),
+    "beside a model's name": (
+        lambda s: {"model": {"name": "resnet"}, "weights": {"best": s}},
+        "weights.best is what is read",
+    ),
     "wrapped twice": (lambda s: {"model": {"state_dict": s}}, "model.state_dict is what is read"),
     "ddp": (lambda s: prefixed(s, "module."), "module. is taken off the names"),
     "compiled": (lambda s: prefixed(s, "_orig_mod."), "_orig_mod. is taken off the names"),
