@@ -89,6 +89,8 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         lines.append(predicted)
     if start.folder:
         lines.append(f"goes on from {start.folder}: {start.position.round} rounds are done")
+    if start.weights:
+        lines.append(f"starts from the weights in {start.weights}")
     if config.warmup_rounds > start.position.round:
         lines.append(
             f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model"
