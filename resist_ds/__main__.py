@@ -36,9 +36,11 @@ def main() -> None:
     if accelerate_launch.on_cpu(os.environ):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
-    from resist_ds.trainer import (
-        main as train,  # after parsing, so that --help and mistakes do not wait for torch
-    )
+    # After parsing, so that --help and mistakes do not wait for torch.
+    from resist_ds import late
+
+    late.defer()
+    from resist_ds.trainer import main as train
 
     try:
         exit_code = train(config, parent)
