@@ -1,4 +1,4 @@
-"""Packages that wait until they are used: timm imports all its nets, torchvision and wandb. Few runs need them.
+"""Packages that wait until they are used: timm imports many that few runs need.
 
 timm's two modules of ResNets need one class of torchvision's. Whoever imports that gets the whole of
 torchvision, and with it torch's compiler and sympy; so does whoever imports timm's other nets; and timm looks

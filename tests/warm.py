@@ -3,7 +3,6 @@
 import importlib
 
 import accelerate.tracking  # noqa: F401
-import sklearn.datasets  # noqa: F401
 import wandb  # noqa: F401
 
 import resist_ds.telemetry.figures

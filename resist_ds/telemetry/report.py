@@ -26,7 +26,6 @@ from resist_ds.protocol.partition import Layout, Partition, slots_for
 from resist_ds.state.start import Start
 from resist_ds.telemetry.meter import PHASES, Totals
 
-
 SHORT = 50  # local steps of a rank: a run that has no more is over before its prediction
 
 
