@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-from resist_ds import launcher
+from resist_ds import launcher, scratch
 from resist_ds.errors import RunError
 from resist_ds.options import accelerate_launch
 from resist_ds.options.command_line import parse
@@ -36,15 +36,21 @@ def main() -> None:
     if accelerate_launch.on_cpu(os.environ):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
-    from resist_ds.trainer import (
-        main as train,  # after parsing, so that --help and mistakes do not wait for torch
-    )
+    # After parsing, so that --help and mistakes do not wait for torch.
+    from resist_ds import late
 
+    late.defer()
+    from resist_ds.trainer import main as train
+
+    scratch.use(compiles=config.compile)
+    said = None
     try:
         exit_code = train(config, parent)
     except RunError as error:  # of one rank alone, which has not met the others yet
-        _end(error.exit_code, f"error: {error}")
-    _end(exit_code)
+        exit_code, said = error.exit_code, f"error: {error}"
+    finally:
+        scratch.remove()
+    _end(exit_code, said)
 
 
 def _open_streams() -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from resist_ds import scratch
 from resist_ds.launcher import Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -130,6 +131,7 @@ class Signals:
             self._request(signal.SIGTERM)
 
     def _orphaned(self) -> None:
+        scratch.remove()
         os._exit(128 + signal.SIGKILL)
 
     def _leave(self, why: str) -> None:
@@ -137,6 +139,7 @@ class Signals:
         if self._launch.rank == 0:  # not by print: the main thread may hold the stream's lock
             with suppress(OSError):  # of a pipe whose reader is gone: Ctrl-C ends `| tee log` too
                 os.write(sys.stderr.fileno(), f"error: stopped by {self.received.name}; {why}\n".encode())
+        scratch.remove()
         os._exit(128 + self.received)
 
 

@@ -3,7 +3,6 @@
 import importlib
 
 import accelerate.tracking  # noqa: F401
-import sklearn.datasets  # noqa: F401
 import wandb  # noqa: F401
 
 import resist_ds.telemetry.figures
@@ -19,5 +18,6 @@ for name in (  # after DeepSpeed's environment is set
 ):
     importlib.import_module(name)
 
-# Most runs of the tests are shorter than their own prediction; tests of that put it back.
+# Runs of the tests are short, and yet say what is predicted: nothing, in no time; tests of that put it back.
+report.SHORT = 0
 report.expected = lambda *args: (0, 0.0)

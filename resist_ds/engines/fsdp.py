@@ -10,8 +10,9 @@ from resist_ds.comm import Comm
 from resist_ds.engines.engine import TorchStep
 from resist_ds.engines.parallel import local, shard_fully, share, whole
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.optimizer import optimizer_of
 from resist_ds.nets.precision import is_finite
-from resist_ds.nets.subnet import OptimizerState, Worker, optimizer_of, use_batch_statistics
+from resist_ds.nets.subnet import OptimizerState, Worker, use_batch_statistics
 from resist_ds.options.config import Config
 
 
@@ -33,7 +34,7 @@ class FSDPEngine(TorchStep):
         net.train()
         self._named = dict(net.named_parameters())
         parameters = list(self._named.values())
-        super().__init__(net, parameters, optimizer_of(config, parameters), config)
+        super().__init__(net, parameters, optimizer_of(config, parameters, decorated=True), config)
         state = OptimizerState.of(config)
         for parameter in self._parameters:
             kinds = self._optimizer.state[parameter] = {

@@ -16,8 +16,9 @@ from resist_ds.engines.deepspeed_options import engine_options
 from resist_ds.engines.engine import Score, micro_batches
 from resist_ds.engines.parallel import deepspeed_counted, deepspeed_engine
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.optimizer import optimizer_of
 from resist_ds.nets.precision import is_finite
-from resist_ds.nets.subnet import OptimizerState, StateLayout, Worker, optimizer_of, use_batch_statistics
+from resist_ds.nets.subnet import OptimizerState, StateLayout, Worker, use_batch_statistics
 from resist_ds.options.config import Config
 
 
@@ -66,7 +67,7 @@ class ZeroEngine:
             net.set_grad_checkpointing()  # type: ignore[operator]
         net.train()
         self._parameters = dict(net.named_parameters())
-        optimizer = optimizer_of(config, list(self._parameters.values()))
+        optimizer = optimizer_of(config, list(self._parameters.values()), decorated=True)
         options = engine_options(config, comm.size)
         self.stage = int(options["zero_optimization"]["stage"])
         self._engine = deepspeed_engine(comm, net, optimizer, options, alone)

@@ -16,14 +16,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from inspect import isfunction
+from typing import Any
 
 import timm
+import timm.models.resnet as resnet  # not "from timm.models", which would import all its nets
+import timm.models.resnetv2 as resnetv2
 import torch
 from timm.layers import BatchNormAct2d, create_conv2d
-from timm.models import resnet, resnetv2
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from resist_ds.errors import UserError
 
@@ -65,6 +70,14 @@ FAMILIES = (
     ),
 )
 
+# timm's own functions, which `timm.create_model` calls; that one imports all its nets to know their names.
+_ENTRIES: dict[str, Callable[..., nn.Module]] = {
+    name: entry
+    for module in (resnet, resnetv2)
+    for name in module.__all__
+    if isfunction(entry := getattr(module, name))
+}
+
 TESTED = (
     *(f"resnetv2_{depth}" for depth in (18, 34, 50, 101, 152)),
     *(f"resnet{depth}" for depth in (50, 101, 152)),
@@ -100,9 +113,29 @@ def _cifar_net(name: str, num_classes: int) -> nn.Module:
 
 def _timm_net(name: str, num_classes: int) -> nn.Module:
     try:
-        return timm.create_model(name, num_classes=num_classes, device="meta")
+        create = _ENTRIES.get(name) or partial(timm.create_model, name)
+        return create(num_classes=num_classes, device="meta")
     except RuntimeError as error:  # a pretrained tag that does not exist, say
         raise UserError(f"--model {name}: {str(error).splitlines()[0]} {_families()}") from None
+
+
+def _construct(name: str, num_classes: int) -> nn.Module:
+    with _NothingToDraw():
+        return (_cifar_net if name in CIFAR_NETS else _timm_net)(name, num_classes)
+
+
+class _NothingToDraw(TorchFunctionMode):
+    """Meta tensors have no values to draw. Torch runs `normal_` on them in Python, by way of its compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__.endswith("normal_"):  # Tensor.normal_, and those of torch.nn.init around it
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -142,8 +175,7 @@ class Blueprint:
     def __init__(self, name: str, num_classes: int):
         self.name = name
         self.num_classes = num_classes
-        self._construct = _cifar_net if name in CIFAR_NETS else _timm_net
-        if name not in CIFAR_NETS and not timm.is_model(name):
+        if name not in CIFAR_NETS and name not in _ENTRIES and not timm.is_model(name):
             near = difflib.get_close_matches(
                 name, sorted({*CIFAR_NETS, *TESTED, *timm.list_models("resnet*")}), 3
             )
@@ -154,7 +186,7 @@ class Blueprint:
         # is what tells a tensor's name while the model is still being built.
         order: list[Tensor] = []
         with _registrations(order.append):
-            net = self._construct(name, num_classes)
+            net = _construct(name, num_classes)
         names = {id(tensor): n for n, tensor in (*net.named_parameters(), *net.named_buffers())}
         self._registered = tuple(names.get(id(tensor)) for tensor in order)
 
@@ -256,13 +288,13 @@ class Blueprint:
             name = next(position)
             if name is None or not isinstance(tensor, nn.Parameter) or not belongs(name):
                 return None
-            values[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"))
+            values[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype))
             return values[name]
 
         digest = hashlib.blake2b(f"{seed} {piece}".encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[]), _registrations(materialise):
             torch.default_generator.manual_seed(int.from_bytes(digest, "little"))  # the CPU's alone
-            self._construct(self.name, self.num_classes)
+            _construct(self.name, self.num_classes)
         return {name: value.detach() for name, value in values.items()}
 
     def _check_foldable(self) -> None:
@@ -272,7 +304,13 @@ class Blueprint:
         is not linear in it: such blocks could never leave the trainer as a plain timm model.
         """
         generator = torch.Generator().manual_seed(0)
-        block = self.pool_block().to_empty(device="cpu").double().eval()
+        block = self.pool_block().eval()
+        # `to_empty` would ask the meta tensors for their likes, for which torch imports sympy.
+        empty = {
+            name: torch.empty(t.shape, dtype=torch.float64 if t.is_floating_point() else t.dtype)
+            for name, t in block.state_dict().items()
+        }
+        block.load_state_dict(empty, assign=True)
         with torch.no_grad():
             for tensor in (*block.parameters(), *block.buffers()):
                 if tensor.ndim > 1:  # weights that keep the residual near 1, so that no sigmoid saturates

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resist_ds.nets.blueprint import Blueprint, Shapes
+from resist_ds.nets.optimizer import optimizer_of
 from resist_ds.options.config import Config
 
 StateDict = dict[str, dict[str, Tensor]]  # {name: {"parameter": …, "momentum_buffer": …}}
@@ -248,19 +249,3 @@ class Subnet:
             if tensors[name]:  # beforehand, since a parameter without a gradient would never get it
                 self.optimizer.state[parameter] = tensors[name]
         self.module.train()
-
-
-def optimizer_of(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that a run's options ask for."""
-    if config.optimizer == "adamw":
-        # fused keeps the step counters on the device, where they travel with their piece
-        return torch.optim.AdamW(
-            parameters, config.lr, config.two_betas, config.eps, config.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        parameters,
-        config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )

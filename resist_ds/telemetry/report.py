@@ -26,6 +26,8 @@ from resist_ds.protocol.partition import Layout, Partition, slots_for
 from resist_ds.state.start import Start
 from resist_ds.telemetry.meter import PHASES, Totals
 
+SHORT = 50  # local steps of a rank: a run that has no more is over before its prediction
+
 
 @dataclass(frozen=True)
 class Job:
@@ -84,8 +86,9 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{_count(job.rounds, 'round')} of {_count(config.local_steps, 'local step')} × "
         f"{_count(config.batch_size, 'image')} per worker",
     ]
-    predicted = _predicted(job, slots, deal.slots)
-    if predicted:
+    rounds = job.rounds - start.position.round
+    steps = rounds * config.local_steps * len(layout.workers_of(comm.rank))
+    if steps > SHORT and (predicted := _predicted(job, slots, deal.slots)):
         lines.append(predicted)
     if start.folder:
         lines.append(f"goes on from {start.folder}: {start.position.round} rounds are done")

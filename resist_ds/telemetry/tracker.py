@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import requests
-
+from resist_ds import late
 from resist_ds.errors import UserError
 from resist_ds.files import content, status
 from resist_ds.options.config import Config
@@ -55,7 +54,7 @@ class Tracker:
     ):
         self._broken: Exception | None = None
         try:  # here: two threads that import may wait for each other
-            importlib.import_module(config.log_with)
+            late.run(importlib.import_module(config.log_with))  # and whole
             _be_alone()
         except Exception as error:  # a package that is there and broken
             self._broken = error
@@ -285,11 +284,15 @@ def _has_key() -> bool:
     """Whether there is a key for wandb's server, so that it need not ask for one."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    import requests
+
     return bool(_theirs().api_key) or requests.utils.get_netrc_auth(_server()) is not None
 
 
 def _ask_server(key: bool) -> None:
     """Raises an error that says why wandb's server is not there; its own client would try again for long."""
+    import requests
+
     if not key:  # wandb would ask for one, and nobody may be there
         raise ConnectionError("there is no key, type wandb login")
     try:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resist_ds.errors import UserError
-from resist_ds.nets.blueprint import CIFAR_NETS, Blueprint
+from resist_ds.nets.blueprint import _ENTRIES, CIFAR_NETS, Blueprint
 from resist_ds.nets.subnet import bind
 
 GOLDEN_BLOCK = [-0.02206, 0.02365, -0.04199]
@@ -347,13 +347,13 @@ def test_a_model_that_cannot_be_partitioned_is_refused(name, says):
 
 def test_a_block_that_differs_in_an_attribute_alone_is_no_run_of_identical_blocks(monkeypatch):
     """Dilation changes no shape, and `repr` of a whole block may hide what a block computes."""
-    plain = timm.create_model
+    plain = _ENTRIES["resnetv2_34"]
 
     def odd(*args, **kwargs):
         net = plain(*args, **kwargs)
         net.stages[2].blocks[3].norm2.eps = 1e-3
         return net
 
-    monkeypatch.setattr(timm, "create_model", odd)
+    monkeypatch.setitem(_ENTRIES, "resnetv2_34", odd)
     with pytest.raises(UserError, match="no run of identical blocks"):
         Blueprint("resnetv2_34", 10)

@@ -16,8 +16,8 @@ from resist_ds.comm import Comm
 from resist_ds.engines.local import local_steps
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.optimizer import optimizer_of
 from resist_ds.nets.precision import autocast
-from resist_ds.nets.subnet import optimizer_of
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition
 from resist_ds.protocol.sync import Synchroniser

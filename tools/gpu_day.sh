@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# shellcheck disable=SC2317  # the parts are functions that are called by their names
+#
+# What is run when a GPU is at hand, most important first, in parts of less than ten minutes each.
+#
+#   tools/gpu_day.sh [-o OUT] [--dry-run] [--cpu] [PART ...]
+#
+#   smoke   every strategy, on one rank and on several; more workers than ranks, bf16, channels_last, saving,
+#           resuming, exporting: tiny runs that end with exit code 0
+#   suite   the tests that need a GPU, then those of engines, protocol and state, as far as the time goes
+#   demo    tools/demo.py: four sub-ResNets against one net, on handwritten digits
+#   bench   tools/bench.py: what a local step, a synchronisation and a checkpoint cost; strategies side by side
+#
+# Without PART: all of them, in this order. -o: the folder of results (default: runs/gpu_day), a file per part
+# and summary.txt with a line per part. --dry-run prints the commands. --cpu is a rehearsal without a GPU, of
+# smoke unless parts are named, and the results say so. PYTHON names the interpreter (default: python).
+# Exit code: 0, 1 if a step of any part has failed, 2 for what cannot be done (no GPU, say).
+set -u
+
+readonly PARTS=(smoke suite demo bench)
+readonly PART_SECONDS=570 STEP_SECONDS=300
+PYTHON=${PYTHON:-python}
+out=runs/gpu_day dry='' cpu='' parts=()
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+    -o) (($# > 1)) || fail '-o needs a folder'; out=$2; shift ;;
+    --dry-run) dry=yes ;;
+    --cpu) cpu=yes ;;
+    -h | --help) sed -n '4,/^set/{s/^# \{0,1\}//;/^set/!p}' "$0"; exit ;;
+    *) [[ " ${PARTS[*]} " == *" $1 "* ]] || fail "'$1' is no part: type one of ${PARTS[*]}"; parts+=("$1") ;;
+  esac
+  shift
+done
+[[ $out == /* ]] || out=$PWD/$out
+cd "$(dirname "$0")/.." || exit 2
+
+if ((${#parts[@]} == 0)); then
+  if [[ $cpu ]]; then parts=(smoke); else parts=("${PARTS[@]}"); fi
+fi
+if [[ $cpu ]]; then
+  export CUDA_VISIBLE_DEVICES=''
+  gpus=4 where=' (rehearsal on a CPU)' # gloo carries any number of ranks
+elif [[ $dry ]]; then
+  gpus=1 where=''
+else
+  gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || fail "$PYTHON cannot import torch"
+  ((gpus > 0)) || fail 'there is no GPU: --dry-run prints what would be run, --cpu rehearses it on this CPU'
+  where=''
+fi
+
+# ----------------------------------------------------------------------------------------------------------
+# The steps of the parts: `step NAME COMMAND...` each.
+
+train() { # RANKS OPTION...: train.py on so many ranks, which share the GPUs there are
+  local ranks=$1
+  shift
+  if ((ranks == 1)); then
+    command=("$PYTHON" train.py "$@")
+  else
+    command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" train.py "$@")
+  fi
+}
+
+run() { # NAME RANKS OPTION...
+  local name=$1 ranks=$2
+  shift 2
+  train "$ranks" "${tiny[@]}" --output_dir "$folder/$name" "$@"
+  step "$name" "${command[@]}"
+}
+
+smoke() {
+  local strategy ranks tiny folder=$out/smoke last=checkpoints/round-000002
+  tiny=(--dataset synthetic --model preact_resnet_small --img_size 32 --batch_size 32 --local_steps 5 --rounds 2)
+  tiny+=(--calibration_samples 64 --log_with none --progress false)
+  [[ $cpu ]] && tiny+=(--img_size 8 --batch_size 8 --local_steps 2 --cpu_threads 1)
+  run resist-1 1 --workers 4
+  run resist-2 2 --workers 2
+  run resist-4 4 --workers 4
+  run more-workers-than-ranks 2 --workers 6 --min_blocks 3
+  run bf16-channels_last 1 --workers 2 --mixed_precision bf16 --channels_last true
+  run half-way 1 --workers 4 --rounds 1
+  train 1 "${tiny[@]}" --output_dir "$folder/half-way" --workers 4 --resume auto --override rounds
+  step resume "${command[@]}"
+  step verify "$PYTHON" tools/verify.py "$folder/half-way/$last"
+  step export "$PYTHON" tools/export.py "$folder/half-way/$last" "$folder/net.safetensors"
+  for strategy in local_sgd ddp fsdp zero1 zero2 zero3; do
+    run "$strategy-1" 1 --strategy "$strategy"
+  done
+  run stochastic_depth-1 1 --strategy stochastic_depth --min_blocks 4
+  run local_sgd-2 2 --strategy local_sgd --workers 2
+  for strategy in ddp fsdp zero1 zero2 zero3; do # NCCL wants a GPU for each rank
+    ((gpus >= 2)) && run "$strategy-2" 2 --strategy "$strategy"
+    ((gpus >= 4)) && [[ ! $cpu ]] && run "$strategy-4" 4 --strategy "$strategy"
+  done
+  run adamw-clip-compile 1 --workers 2 --optimizer adamw --lr 0.001 --clip_grad 1 --compile true
+  run checkpointing-fp16 1 --workers 2 --activation_checkpointing true --mixed_precision fp16
+  [[ $cpu ]] || run resnetv2_50 1 --workers 2 --model resnetv2_50 --img_size 224 --mixed_precision bf16
+}
+
+suite() {
+  step gpu "$PYTHON" -m pytest -q -m gpu
+  step engines "$PYTHON" -m pytest -q tests/engines
+  step protocol "$PYTHON" -m pytest -q tests/protocol
+  step state "$PYTHON" -m pytest -q tests/state
+}
+
+demo() {
+  step demo "$PYTHON" tools/demo.py
+}
+
+bench() {
+  step machinery "$PYTHON" tools/bench.py --what local,sync,save --output_dir "$out/bench/machinery"
+  step strategies "$PYTHON" tools/bench.py --strategies resist,local_sgd,ddp --workers 2 --batch_size 32 \
+    --output_dir "$out/bench/strategies"
+}
+
+# ----------------------------------------------------------------------------------------------------------
+
+step() { # NAME COMMAND...: run it, keep what it says, count how it ended
+  local name=$1 code left started=$SECONDS
+  shift
+  if [[ $dry ]]; then
+    printf '%q ' "$@"
+    echo
+    return
+  fi
+  steps=$((steps + 1))
+  left=$((PART_SECONDS - SECONDS + began))
+  if ((left < 5)); then
+    failed+=("$name (no time left)")
+    return
+  fi
+  {
+    printf '\n$ '
+    printf '%q ' "$@"
+    echo
+  } >>"$log"
+  timeout --kill-after 30 "$((left < STEP_SECONDS ? left : STEP_SECONDS))" "$@" >>"$log" 2>&1
+  code=$?
+  echo "= $name: exit code $code after $((SECONDS - started)) s" >>"$log"
+  ((code == 0)) || failed+=("$name ($code)")
+}
+
+play() { # PART: its line for the summary goes to the screen, too
+  local began=$SECONDS steps=0 failed=() log=$out/$1.txt verdict=ok line
+  rm -rf "${out:?}/${1:?}" # of a day before, whose checkpoints the runs would refuse
+  : >"$log"
+  "$1"
+  ((${#failed[@]} == 0)) || verdict=FAILED
+  printf -v line '%-6s %-6s %d of %d steps in %d s%s' "$1" "$verdict" $((steps - ${#failed[@]})) "$steps" \
+    $((SECONDS - began)) "$where"
+  ((${#failed[@]} == 0)) || line+=": $(printf '%s, ' "${failed[@]}" | sed 's/, $//')"
+  echo "$line" | tee -a "$out/summary.txt"
+  [[ $verdict == ok ]]
+}
+
+if [[ $dry ]]; then
+  for part in "${parts[@]}"; do
+    echo "# $part"
+    "$part"
+  done
+  exit 0
+fi
+if ! mkdir -p "$out" || ! : >"$out/summary.txt"; then fail "$out cannot be written to"; fi
+worst=0
+for part in "${parts[@]}"; do
+  echo "# $part: $out/$part.txt"
+  play "$part" || worst=1
+done
+echo
+cat "$out/summary.txt"
+exit "$worst"
