@@ -22,6 +22,10 @@ class DamagedError(RunError):
     """A checkpoint is not what was written; the message names the file and what is wrong with it."""
 
 
+class DataError(RunError):
+    """Images cannot be had: a file that cannot be read, a loader process that has ended."""
+
+
 class NotFiniteError(RunError):
     """A worker met NaN or Inf (`--on_nan stop`). Exit code 3."""
 

@@ -1,6 +1,7 @@
 """Every wrong call that a new user makes, and the line that it prints; then what a right one prints.
 
-tests/options/test_config.py and tests/run/test_errors.py have the rarer mistakes, and those that several ranks meet.
+tests/options/test_config.py and tests/run/test_errors.py have the rarer mistakes, and those that several
+ranks meet.
 """
 
 import os
@@ -91,6 +92,6 @@ def test_help_has_every_group_and_fits_a_terminal(place: Path) -> None:
         "Run",
     ]
     assert max(map(len, stdout.splitlines())) <= 80
-    for tool in ("bench", "export", "plan", "plot", "study", "verify"):
+    for tool in ("bench", "check_data", "export", "plan", "plot", "study", "verify"):
         code, stdout, stderr = call([f"tools/{tool}.py", "--help"], place)
         assert (code, stderr) == (0, "") and "usage: " in stdout, tool
