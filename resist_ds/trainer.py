@@ -210,8 +210,7 @@ class Trainer:
         if config.download:
             comm.agree(lambda: download(config) if comm.local_rank == 0 else None)
         data = comm.agree(lambda: load_data(config))
-        evaluated = config.eval_batch_size or config.batch_size
-        comm.agree(lambda: data.check_shared_memory(config.batch_size, evaluated, comm.local_size))
+        comm.agree(lambda: data.check_shared_memory(config, comm.local_size))
         sizes = comm.gather((data.train_size, data.test_size, data.num_classes))
         for rank, size in enumerate(sizes):
             if size != sizes[0]:  # a machine with another copy

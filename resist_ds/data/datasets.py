@@ -22,7 +22,7 @@ from torch import Tensor
 
 from resist_ds.data import image_folder
 from resist_ds.data.images import SMALL, Decode, Files, InMemory, OnDisk, Schedule, Source, decoded
-from resist_ds.data.loader import check_shared_memory
+from resist_ds.data.loader import Stream, check_shared_memory
 from resist_ds.data.order import Purpose, crop_and_flip, keyed_hash
 from resist_ds.data.pixels import reason
 from resist_ds.data.trouble import Trouble
@@ -74,7 +74,7 @@ class Data:
         """Number of test images."""
         return len(self.test.labels)
 
-    def check_shared_memory(self, batch_size: int, eval_batch_size: int, ranks: int) -> None:
+    def check_shared_memory(self, config: Config, ranks: int) -> None:
         """Whether the batches of loader processes fit where they wait for their rank.
 
         Errors: UserError, with what to type.
@@ -82,10 +82,20 @@ class Data:
         Args:
             ranks: of this machine.
         """
-        if isinstance(self.train, OnDisk):
-            each = 3 * self.img_size**2  # the streams of training and of an evaluation are open together
-            evaluated = max(min(eval_batch_size, self.test_size), min(_AT_ONCE, self.train_size))
-            check_shared_memory(self.train.processes, (batch_size * each, evaluated * each), ranks)
+        if not isinstance(self.train, OnDisk):
+            return
+        processes, image = self.train.processes, 3 * self.img_size**2
+
+        def stream(images: int, batch: int) -> Stream:
+            return Stream(min(batch, images) * image, -(-images // batch))
+
+        evaluation = (
+            stream(min(config.calibration_samples, self.train_size), _AT_ONCE),
+            stream(self.test_size, config.eval_batch_size or config.batch_size),
+        )
+        # The stream of training stays open meanwhile; those of an evaluation follow each other.
+        largest = max(evaluation, key=lambda stream: stream.waiting(processes))
+        check_shared_memory(processes, (Stream(config.batch_size * image), largest), ranks)
 
     def train_batches(
         self, schedule: Schedule, device: torch.device, dtype: torch.dtype, channels_last: bool

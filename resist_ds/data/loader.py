@@ -4,11 +4,13 @@ What they have decoded waits in shared memory (on Linux /dev/shm, which is 64 MB
 """
 
 import errno
+import math
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.queues import Queue
 from typing import Any
@@ -54,18 +56,30 @@ def load(read: Dataset[Any], tasks: Iterable[Any], processes: int, pin: bool) ->
         raise DataError(f"a loader process ended ({reason(error)}): {_remedy(error)}") from None
 
 
-def shared_memory(processes: int, sizes: Sequence[int]) -> int:
-    """Bytes that may wait in shared memory for one rank.
+@dataclass(frozen=True)
+class Stream:
+    """What loader processes read in one go.
+
+    Attributes:
+        size: bytes of a batch.
+        batches: that there are.
+    """
+
+    size: int
+    batches: float = math.inf
+
+    def waiting(self, processes: int) -> int:
+        """Bytes that may wait in shared memory, for one rank."""
+        # Those ahead, the one that was delivered last, and the next one while that is still held.
+        return int(min(AHEAD * processes + 2, self.batches)) * self.size if processes else 0
+
+
+def check_shared_memory(processes: int, streams: Sequence[Stream], ranks: int) -> None:
+    """Compare what all ranks of this machine need with what is free, before any of them has begun.
 
     Args:
-        sizes: bytes of a batch, of each of the streams that are open at the same time.
-    """
-    # Those ahead, the one that was delivered last, and the next one while that is still held.
-    return sum((AHEAD * processes + 2) * size for size in sizes) if processes else 0
-
-
-def check_shared_memory(processes: int, sizes: Sequence[int], ranks: int) -> None:
-    """Compare what all ranks of this machine need with what is free, before any of them has begun.
+        processes: loader processes of a rank.
+        streams: that are open at the same time.
 
     Errors: UserError, with what to type.
     """
@@ -73,14 +87,15 @@ def check_shared_memory(processes: int, sizes: Sequence[int], ranks: int) -> Non
         system = os.statvfs(_SHARED)
     except OSError:  # another system, which has no limit of its own
         return
-    free, needed = system.f_bavail * system.f_frsize, ranks * shared_memory(processes, sizes)
-    if needed <= free:
+    free = system.f_bavail * system.f_frsize
+    needed = [ranks * sum(stream.waiting(n) for stream in streams) for n in range(processes + 1)]
+    if needed[-1] <= free:
         return
-    fits = next(n for n in range(processes, -1, -1) if ranks * shared_memory(n, sizes) <= free)
+    fits = max(n for n, size in enumerate(needed) if size <= free)
     raise UserError(
-        f"{processes} loader processes per rank need up to {_mb(needed)} MB of shared memory on this "
+        f"loader processes ({processes} per rank) need up to {_mb(needed[-1])} MB of shared memory on this "
         f"machine, and {_SHARED} has {free // 10**6} MB free: type --data_workers {fits}"
-        f"{' or fewer' if fits else ''}, or give it more (docker run --shm-size {_mb(2 * needed)}m)"
+        f"{' or fewer' if fits else ''}, or give it more (docker run --shm-size {_mb(2 * needed[-1])}m)"
     )
 
 

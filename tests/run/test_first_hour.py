@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import ROOT
 from tests.conftest import _CONTEXT
@@ -47,6 +48,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("first hour")
     (place / "empty").mkdir()
     (place / "wrong.yaml").write_text("lr: 0.1\nworker: 3\n")
+    for folder in ("one/train/cat", "one/val/cat", "grey/train/cat", "grey/val/cat"):
+        (place / folder).mkdir(parents=True)
+        Image.new("F", (8, 8)).save(place / folder / "0.tiff")
+    for folder in ("grey/train/dog", "grey/val/dog"):
+        (place / folder).mkdir()
+        Image.new("L", (8, 8)).save(place / folder / "0.png")
     code, _, stderr = call(["train.py", *TINY.split(), "--output_dir", "run"], place)
     assert (code, stderr) == (0, "")
     return place
