@@ -16,8 +16,10 @@ FILES = [
     "a/0.JPG",
     "a/deep/2.png",
     "a/deep/er/3.Tiff",
+    "a/deep-er/3.png",
     "b/1.webp",
     "b/sub/0.png",
+    "b/other/0.png",
     "b/10.png",
     "b/9.png",
 ]
@@ -156,9 +158,7 @@ def test_what_cannot_be_meant_is_refused(kind: str, root: Path) -> None:
     assert str(caught.value).startswith(said.format(root, root)) and "\n" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_looked_into_is_not_passed_over(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_closed_folder_is_not_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """os.walk would leave it out in silence."""
     scan = os.scandir
 
