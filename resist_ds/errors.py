@@ -33,6 +33,10 @@ class OtherVersionError(UserError):
     """A checkpoint is as it was written, by another version of this package; the message names both."""
 
 
+class DataError(RunError):
+    """Images cannot be had: a file that cannot be read, a loader process that has ended."""
+
+
 class NotFiniteError(RunError):
     """A worker met NaN or Inf (`--on_nan stop`). Exit code 3."""
 

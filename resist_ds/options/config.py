@@ -89,6 +89,11 @@ class Config:
     data_workers: int = _option(
         4, "Processes per rank that decode image folders which do not fit in memory.", free=True
     )
+    on_bad_image: Literal["stop", "skip"] = _option(
+        "stop",
+        "An image that cannot be read ends the run when its round is saved, or its neighbour stands in.",
+        free=True,
+    )
     cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
 
     strategy: Literal["resist", "local_sgd", "stochastic_depth", "ddp", "fsdp", "zero1", "zero2", "zero3"] = (
