@@ -64,6 +64,7 @@ def test_a_batch_depends_on_its_keys_and_not_on_what_was_asked_before(order, ste
     np.testing.assert_array_equal(again.batch(step, worker)[1], expected)
 
 
+@pytest.mark.numerical
 def test_the_order_stays_what_it_is():
     """Golden values: a run must train on the same batches next year. The hash is splitmix64's sequence."""
     # The state after no keys is 0, so counter 0 gives the generator's known first output from seed 0.
@@ -134,6 +135,7 @@ def test_crops_are_uniform_and_independent():
     assert len(counts) == 162 and 0.7 < ((counts - 200) ** 2 / 200).sum() / 161 < 1.3
 
 
+@pytest.mark.numerical
 def test_pad_crop_flip_is_the_plain_one():
     images = torch.randint(
         0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -153,6 +155,7 @@ def batches(data: Data, schedule, **changed) -> list[tuple[torch.Tensor, torch.T
     return list(data.train_batches(schedule, **{**PLAIN, **changed}))
 
 
+@pytest.mark.numerical
 def test_a_sample_looks_the_same_in_whatever_batch_it_comes():
     data = load_data(Config(dataset="synthetic"))
     samples = np.arange(60)
@@ -169,6 +172,7 @@ def test_a_sample_looks_the_same_in_whatever_batch_it_comes():
     assert torch.equal(batches(plain, [(2, samples)])[0][0], data.train_images(samples, **PLAIN))
 
 
+@pytest.mark.numerical
 def test_float32_values_are_the_rounded_float64_ones_in_both_memory_formats():
     data = load_data(Config())
     schedule = [(0, np.arange(50))]
@@ -185,6 +189,7 @@ def test_float32_values_are_the_rounded_float64_ones_in_both_memory_formats():
         assert plain.is_contiguous(memory_format=wanted)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_training_images_are_normalised_to_mean_0_and_spread_1(name):
     data = load_data(Config(dataset=name))
@@ -217,6 +222,7 @@ def test_nothing_reads_or_moves_the_global_random_state(folder):
 # Digits and synthetic
 
 
+@pytest.mark.numerical
 def test_the_digits_split_is_fixed_balanced_and_disjoint():
     data, other = load_data(Config()), load_data(Config(seed=9, augment=False))
     assert (data.train_size, data.test_size, data.num_classes, data.img_size) == (1437, 360, 10, 32)
@@ -242,6 +248,7 @@ def test_digits_are_never_mirrored():
         assert torch.equal(got[k], padded[k, :, tops[k] : tops[k] + 32, lefts[k] : lefts[k] + 32])
 
 
+@pytest.mark.numerical
 def test_synthetic_is_learnable_and_the_same_everywhere():
     data = load_data(Config(dataset="synthetic", num_classes=7))
     assert (data.train_size, data.test_size, data.num_classes) == (2048, 512, 7)
@@ -298,6 +305,7 @@ def folder(tmp_path) -> dict[str, str]:
     return {"dataset": "imagefolder", "data_dir": str(tmp_path)}
 
 
+@pytest.mark.numerical
 def test_folders_are_read_the_same_from_memory_and_by_loader_processes(folder):
     schedule = [(epoch, part) for epoch in range(2) for part in np.array_split(np.arange(29, -1, -1), 4)]
     for augment in (False, True):
@@ -326,6 +334,7 @@ def test_class_sorted_folders_are_mixed_by_the_order(folder):
     assert all(len(y.unique()) > 1 for _, y in drawn)
 
 
+@pytest.mark.numerical
 def test_large_images_match_torchvision(folder):
     data = load_data(Config(**folder, img_size=70, data_workers=0))
     usual = v2.Compose([v2.Resize(80), v2.CenterCrop(70), v2.PILToTensor()])
@@ -337,6 +346,7 @@ def test_large_images_match_torchvision(folder):
     assert torch.equal(data.train_images(np.arange(4), **PLAIN)[:, 0].isfinite(), torch.ones(4, 70, 70) == 1)
 
 
+@pytest.mark.numerical
 def test_large_images_are_augmented_by_sample_in_whatever_process(folder):
     options = {**folder, "img_size": 70, "seed": 3}
     samples = np.arange(12)
@@ -516,6 +526,7 @@ def cifar(tmp_path, monkeypatch) -> Config:
     return Config(dataset="cifar10", data_dir=str(tmp_path), augment=False)
 
 
+@pytest.mark.numerical
 def test_cifar_is_read_from_its_folder(cifar):
     data = load_data(cifar)
     assert (data.train_size, data.test_size, data.num_classes, data.img_size) == (20, 4, 10, 32)

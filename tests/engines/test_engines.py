@@ -50,6 +50,39 @@ def written(folder: Path, content: object) -> str:
 # Spread over the ranks.
 
 
+def results(folder: Path) -> dict[str, np.ndarray]:
+    """What a run came to, a vector for each kind of numbers: losses, changes of parameters, momentum, …"""
+    start = Blueprint(OPTIONS["model"], 10)
+    initial = dict(start.initial_shared(0))
+    for block in range(start.pool):
+        prefix = start.block_prefix(block)
+        initial |= {prefix + name: value for name, value in start.initial_block(0, block).items()}
+    parts: dict[str, list[np.ndarray]] = {}
+    for line in loss_log(folder):
+        for key in sorted(line.keys() & {"train/loss", "eval/loss"}):
+            parts.setdefault(key, []).append(np.array([line[key]]))
+    for name, array in sorted(tensors(last(folder)).items()):
+        change = array.astype(np.float64) - (initial[name].numpy() if name in initial else 0)
+        kind = "parameters" if name in initial else name.rpartition(".")[2]
+        parts.setdefault(kind, []).append(change.ravel())
+    return {kind: np.concatenate(arrays) for kind, arrays in parts.items()}
+
+
+def assert_the_same_training(found: Path, exact: Path) -> None:
+    """A run in float32 differs from one in float64 by less than a hundredth of what training does.
+
+    By the norm, for each kind of numbers: what becomes of a last bit in some steps, or where AdamW divides
+    by the root of almost nothing, is up to the processor's kernels, and no bound on a single number would be
+    right on all of them.
+    """
+    ours, theirs = results(found), results(exact)
+    assert ours.keys() == theirs.keys()
+    for kind, values in theirs.items():
+        error = np.linalg.norm(ours[kind] - values) / max(float(np.linalg.norm(values)), 1e-9)
+        assert error <= 1e-2, f"{kind} is off by {error:.1e} of its norm"
+
+
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("size", "options"),
@@ -62,24 +95,31 @@ def written(folder: Path, content: object) -> str:
 def test_all_lockstep_strategies_agree_over_ten_steps(
     size: int, options: dict[str, Any], ranks: Ranks, tmp_path: Path
 ) -> None:
-    """One seed, one net, one order of the data: losses, weights and optimizer state after ten steps."""
-    logs, ends = {}, {}
-    for strategy in ("ddp", *SPREAD):
-        folder = tmp_path / strategy
-        ranks(saved.train, size, RUN | options | {"strategy": strategy, "output_dir": str(folder)})
-        logs[strategy], ends[strategy] = loss_log(folder), tensors(last(folder))
-    assert logs["ddp"][-1]["global_step"] == 10
-    start = Blueprint(OPTIONS["model"], 10).initial_shared(0)
-    assert max(np.abs(ends["ddp"][name] - value.numpy()).max() for name, value in start.items()) > 5e-3
-    for strategy in SPREAD:
-        for ours, expected in zip(logs[strategy], logs["ddp"], strict=True):
-            for key in ours.keys() & {"train/loss", "eval/loss"}:
-                assert ours[key] == pytest.approx(expected[key], abs=1e-4), (strategy, key)
-        assert ends[strategy].keys() == ends["ddp"].keys()
-        for name, array in ends[strategy].items():
-            np.testing.assert_allclose(
-                array, ends["ddp"][name], rtol=0, atol=1e-4, err_msg=f"{strategy} {name}"
-            )
+    """One seed, one net, one order of the data: losses, weights and optimizer state after ten steps.
+
+    To the last digits in float64, which DeepSpeed does not know.
+    """
+
+    def run(strategy: str, dtype: str) -> Path:
+        folder = tmp_path / f"{strategy}-{dtype}"
+        ways = {"strategy": strategy, "dtype": dtype, "weight_decay": 0.1, "output_dir": str(folder)}
+        ranks(saved.train, size, RUN | options | ways)
+        return folder
+
+    exact = run("ddp", "float64")
+    assert loss_log(exact)[-1]["global_step"] == 10
+    expected, start = tensors(last(exact)), Blueprint(OPTIONS["model"], 10).initial_shared(0)
+    assert max(np.abs(expected[name] - value.numpy()).max() for name, value in start.items()) > 5e-3
+
+    fsdp = run("fsdp", "float64")
+    for kind, values in results(fsdp).items():
+        np.testing.assert_allclose(values, results(exact)[kind], rtol=1e-9, atol=1e-10, err_msg=kind)
+    assert tensors(last(fsdp)).keys() == expected.keys()
+
+    for strategy in ("zero1", "zero2", "zero3"):
+        zero = run(strategy, "float32")
+        assert tensors(last(zero)).keys() == expected.keys()
+        assert_the_same_training(zero, exact)
 
 
 @pytest.mark.ranks
@@ -168,6 +208,7 @@ def test_a_bad_gradient_is_not_dropped_without_a_word(stage: int, ranks: Ranks, 
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("stage", [1, 3])
@@ -181,6 +222,7 @@ def test_nan_in_an_engines_weights_is_never_saved(
     assert found.code == 3 and "met NaN or Inf in round 1" in found.stderr
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize("strategy", SPREAD)
 def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
@@ -202,6 +244,7 @@ def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None
 # DeepSpeed inside ResIST.
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("stage", "size", "options"),
@@ -230,9 +273,12 @@ def test_sub_resnets_in_deepspeed_engines_are_the_simulation(
     file = written(tmp_path, {"zero_optimization": {"stage": stage, **offload}})
     three = {"dtype": "float32", "rounds": 3, "local_steps": 1, "eval_every": 0, "deepspeed_config": file}
     rest = {name: value for name, value in options.items() if name != "offload"}
-    assert_agreement(ranks, size, tmp_path, 1e-4 if "optimizer" in options else 1e-5, **three | rest)
+    # The gradient of a norm's bias is a sum of thousands of numbers of both signs, whose parts DeepSpeed adds
+    # in an order of its own: float32 leaves four digits of it.
+    assert_agreement(ranks, size, tmp_path, 1e-4, **three | rest)
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_engines_average_fp32_masters(stage: int, ranks: Ranks, tmp_path: Path) -> None:
@@ -254,16 +300,16 @@ def test_bf16_engines_average_fp32_masters(stage: int, ranks: Ranks, tmp_path: P
     assert 0 < error(deepspeed_config=file) < 2 * error()
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 def test_one_rank_has_engines_too(ranks: Ranks, tmp_path: Path) -> None:
     """Without a launcher, so without any process group: resist in a DeepSpeed engine, zero3 and fsdp."""
     file = written(tmp_path, {"zero_optimization": {"stage": 1}})
     plain = RUN | {"workers": 2, "rounds": 2}
-    ranks(saved.train, 1, plain | {"output_dir": str(tmp_path / "plain")})
-    ranks(saved.train, 1, plain | {"deepspeed_config": file, "output_dir": str(tmp_path / "inside")})
-    expected, ours = tensors(last(tmp_path / "plain")), tensors(last(tmp_path / "inside"))
-    for name, array in ours.items():
-        np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-4, err_msg=name)
+    ways: dict[str, dict[str, Any]] = {"plain": {"dtype": "float64"}, "inside": {"deepspeed_config": file}}
+    for name, options in ways.items():
+        ranks(saved.train, 1, plain | options | {"output_dir": str(tmp_path / name)})
+    assert_the_same_training(tmp_path / "inside", tmp_path / "plain")
     for strategy in ("fsdp", "zero3"):
         options = RUN | {"rounds": 1, "strategy": strategy, "output_dir": str(tmp_path / strategy)}
         ranks(saved.train, 1, options)
@@ -679,6 +725,7 @@ def depth_run(comm: Comm, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 def test_stochastic_depth_runs_k_random_blocks_a_step(ranks: Ranks, tmp_path: Path) -> None:
     options = RUN | {"strategy": "stochastic_depth", "min_blocks": 3, "output_dir": str(tmp_path / "whole")}
@@ -695,9 +742,7 @@ def test_stochastic_depth_runs_k_random_blocks_a_step(ranks: Ranks, tmp_path: Pa
     place = {"output_dir": str(tmp_path / "run"), "activation_checkpointing": True}
     ranks(saved.train, 1, options | place | {"rounds": 3})
     ranks(saved.train, 1, options | place | {"resume": "auto", "override": "rounds"})
-    whole, run = tensors(last(tmp_path / "whole")), tensors(last(tmp_path / "run"))
-    for name, array in run.items():
-        np.testing.assert_allclose(array, whole[name], rtol=0, atol=1e-5, err_msg=name)
+    assert digest(last(tmp_path / "run")) == digest(last(tmp_path / "whole"))
 
 
 @pytest.mark.ranks

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -378,19 +377,19 @@ def test_help_tells_every_option(capsys):
 
 
 def test_help_is_quick_and_loads_no_torch():
+    """What takes long are these imports; how long it takes otherwise, 0.2 s here, is the machine's affair."""
+    slow = {"torch", "torchvision", "timm", "numpy", "sklearn", "accelerate", "deepspeed", "wandb"}
     code = (
         "import atexit, sys\n"
-        "atexit.register(lambda: print([m for m in ('torch', 'timm', 'numpy') if m in sys.modules]))\n"
+        f"atexit.register(lambda: print(sorted({slow!r} & sys.modules.keys())))\n"
         "from resist_ds.options.command_line import parse\n"
         "parse(['--help'])"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: train.py") and done.stdout.rstrip().endswith("[]")
-    assert time.perf_counter() - start < 10  # 0.2 s on an idle machine; torch alone would take 2
 
 
 @pytest.mark.parametrize("name", ["demo", "cifar10", "cifar100", "imagenet"])
