@@ -1,5 +1,6 @@
 """Engines: nets that FSDP2 and ZeRO spread over the ranks, DeepSpeed around sub-ResNets, stochastic depth."""
 
+import functools
 import json
 import math
 import typing
@@ -68,12 +69,23 @@ def results(folder: Path) -> dict[str, np.ndarray]:
     return {kind: np.concatenate(arrays) for kind, arrays in parts.items()}
 
 
+def train_with_a_large_epsilon(comm: Comm, options: dict[str, Any]) -> None:
+    """Train with AdamW's ε at 1e-3.
+
+    AdamW divides by a root and ε. At the usual 1e-8 a gradient that is nothing but float32's rounding moves a
+    weight as far as any other does, and in any direction; so, by next to nothing.
+    """
+    torch.optim.AdamW.__init__ = functools.partialmethod(  # type: ignore[assignment]
+        torch.optim.AdamW.__init__, eps=1e-3
+    )
+    saved.train(comm, options)
+
+
 def assert_the_same_training(found: Path, exact: Path) -> None:
     """A run in float32 differs from one in float64 by less than a hundredth of what training does.
 
-    By the norm, for each kind of numbers: what becomes of a last bit in some steps, or where AdamW divides
-    by the root of almost nothing, is up to the processor's kernels, and no bound on a single number would be
-    right on all of them.
+    By the norm, for each kind of numbers: what becomes of a last bit in some steps is up to the processor's
+    kernels, and no bound on a single number would be right on all of them.
     """
     ours, theirs = results(found), results(exact)
     assert ours.keys() == theirs.keys()
@@ -88,7 +100,7 @@ def assert_the_same_training(found: Path, exact: Path) -> None:
     ("size", "options"),
     [
         (3, {"activation_checkpointing": True, "accumulation_steps": 2, "clip_grad": 1.0}),
-        (2, {"optimizer": "adamw", "lr": 1e-3}),
+        (2, {"optimizer": "adamw", "lr": 3e-3}),
     ],
     ids=["sgd-checkpointing-accumulation-clipping", "adamw"],
 )
@@ -103,7 +115,7 @@ def test_all_lockstep_strategies_agree_over_ten_steps(
     def run(strategy: str, dtype: str) -> Path:
         folder = tmp_path / f"{strategy}-{dtype}"
         ways = {"strategy": strategy, "dtype": dtype, "weight_decay": 0.1, "output_dir": str(folder)}
-        ranks(saved.train, size, RUN | options | ways)
+        ranks(train_with_a_large_epsilon, size, RUN | options | ways)
         return folder
 
     exact = run("ddp", "float64")
@@ -273,9 +285,7 @@ def test_sub_resnets_in_deepspeed_engines_are_the_simulation(
     file = written(tmp_path, {"zero_optimization": {"stage": stage, **offload}})
     three = {"dtype": "float32", "rounds": 3, "local_steps": 1, "eval_every": 0, "deepspeed_config": file}
     rest = {name: value for name, value in options.items() if name != "offload"}
-    # The gradient of a norm's bias is a sum of thousands of numbers of both signs, whose parts DeepSpeed adds
-    # in an order of its own: float32 leaves four digits of it.
-    assert_agreement(ranks, size, tmp_path, 1e-4, **three | rest)
+    assert_agreement(ranks, size, tmp_path, 1e-4 if "optimizer" in options else 1e-5, **three | rest)
 
 
 @pytest.mark.numerical
