@@ -18,7 +18,7 @@ from resist_ds.launcher import Launch
 
 PATIENCE = 10.0  # seconds until it is said first who is missing
 AGAIN = 60.0  # seconds until it is said again
-LOOK = 0.2  # seconds between two tries to reach rank 0
+LOOK = 0.2  # seconds between two looks, at most
 
 
 def meet(launch: Launch, timeout: timedelta) -> Store:
@@ -51,13 +51,13 @@ def meet(launch: Launch, timeout: timedelta) -> Store:
     arrivals = PrefixStore("arrivals", store)
     if arrivals.add("count", 1) >= launch.size:
         arrivals.set("complete", "")
-    while True:
-        try:
-            arrivals.wait(["complete"], timedelta(seconds=waiting.seconds))
-            return PrefixStore("default_pg", store)  # as torch would name it
-        except torch.distributed.DistStoreError:  # not within that time
-            missing = launch.size - arrivals.add("count", 0)
-            waiting.over(f"{missing} of {launch.size} ranks", aloud=launch.local_rank == 0)
+    pause = LOOK / 64
+    while not arrivals.check(["complete"]):  # its `wait` would write lines of its own when time is up
+        missing = launch.size - arrivals.add("count", 0)
+        waiting.over(f"{missing} of {launch.size} ranks", aloud=launch.local_rank == 0)
+        time.sleep(pause)
+        pause = min(LOOK, 2 * pause)
+    return PrefixStore("default_pg", store)  # as torch would name it
 
 
 def _reach(host: str, port: int, waiting: "_Waiting") -> None:

@@ -89,11 +89,11 @@ WRONG: dict[str, tuple[dict[str, str], str]] = {
         f"WORLD_SIZE is 2 and MASTER_PORT is not set: unset WORLD_SIZE, {LET}",
     ),
     "empty address": (
-        TORCHRUN | {"MASTER_ADDR": " "},
+        TORCHRUN | {"LOCAL_RANK": "0", "MASTER_ADDR": " "},
         f"WORLD_SIZE is 4 and MASTER_ADDR is empty: unset WORLD_SIZE, {LET}",
     ),
     "no port": (
-        TORCHRUN | {"MASTER_PORT": "65536"},
+        TORCHRUN | {"LOCAL_RANK": "0", "MASTER_PORT": "65536"},
         f"MASTER_PORT is 65536 and a port lies between 1 and 65535: unset MASTER_PORT, {LET}",
     ),
     "mpirun": (
@@ -195,7 +195,7 @@ def test_ranks_that_never_come_are_waited_for_aloud_and_not_for_ever(
     with pytest.raises(RunError, match=rf"^rank 0 has waited 0\.5 s for 3 of 4 ranks at 127.0.0.1:{port}$"):
         rendezvous.meet(place(0, 4, port), timedelta(seconds=0.5))
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 2 and all(line.startswith("waiting for 3 of 4 ranks at ") for line in lines)
+    assert 1 <= len(lines) <= 2 and all(line.startswith("waiting for 3 of 4 ranks at ") for line in lines)
 
 
 def test_rank_0_that_is_not_there_is_waited_for_aloud_and_not_for_ever(
