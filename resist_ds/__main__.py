@@ -37,7 +37,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
     # After parsing, so that --help and mistakes do not wait for torch.
-    from resist_ds import late
+    from resist_ds.nets import late
 
     late.defer()
     from resist_ds.trainer import main as train

@@ -5,14 +5,17 @@ of the nets that ResIST can partition needs the renaming that timm does for some
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from timm.models import PretrainedCfg
 
 from resist_ds.errors import RunError, UserError
 from resist_ds.nets.blueprint import TESTED
+
+if TYPE_CHECKING:  # an import would run timm's package, and that imports all nets
+    from timm.models import PretrainedCfg
 
 _FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order
 
@@ -58,7 +61,7 @@ def fetch(model: str) -> None:
     raise _failed(source, lacking)
 
 
-def _source(model: str) -> PretrainedCfg:
+def _source(model: str) -> "PretrainedCfg":
     source = timm.get_pretrained_cfg(model)
     if source is None or not (source.file or source.hf_hub_id):
         those = ", ".join(name for name in TESTED if _has_weights(name))
@@ -74,7 +77,7 @@ def _has_weights(model: str) -> bool:
     return source is not None and bool(source.hf_hub_id)
 
 
-def _here(source: PretrainedCfg) -> Path | None:
+def _here(source: "PretrainedCfg") -> Path | None:
     if source.file:  # of a model that the user has registered
         return Path(source.file)
     repository, revision = _repository(source)
@@ -86,16 +89,16 @@ def _here(source: PretrainedCfg) -> Path | None:
     return None
 
 
-def _repository(source: PretrainedCfg) -> tuple[str, str | None]:
+def _repository(source: "PretrainedCfg") -> tuple[str, str | None]:
     """(repository, revision) of `owner/name@revision`."""
     repository, _, revision = str(source.hf_hub_id).partition("@")
     return repository, revision or None
 
 
-def _names(source: PretrainedCfg) -> tuple[str, ...]:
+def _names(source: "PretrainedCfg") -> tuple[str, ...]:
     return (source.hf_hub_filename,) if source.hf_hub_filename else _FILES
 
 
-def _failed(source: PretrainedCfg, error: object) -> RunError:
+def _failed(source: "PretrainedCfg", error: object) -> RunError:
     words = str(error).strip().partition("\n")[0] or type(error).__name__
     return RunError(f"could not download the weights {source.hf_hub_id}: {words}")

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from resist_ds import late
 from resist_ds.errors import UserError
 from resist_ds.files import content, status
+from resist_ds.nets import late
 from resist_ds.options.config import Config
 from resist_ds.state.start import Start
 

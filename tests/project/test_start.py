@@ -14,8 +14,10 @@ from typing import NoReturn
 import pytest
 
 from resist_ds import __main__ as entry
-from resist_ds import late, scratch, trainer
+from resist_ds import scratch, trainer
 from resist_ds.errors import UserError
+from resist_ds.launcher import Launch
+from resist_ds.nets import late
 from resist_ds.signals import Signals
 from tests import ROOT
 from tests.conftest import _CONTEXT
@@ -32,7 +34,7 @@ RUN = f"""
 import os, runpy, sys
 end = os._exit
 def told(code):
-    from resist_ds.late import _Late
+    from resist_ds.nets.late import _Late
     found = [name for name in {HEAVY} if name in sys.modules and type(sys.modules[name]) is not _Late]
     print("imported:", *found)
     print("left:", *os.listdir(os.environ["TMPDIR"]))
@@ -116,14 +118,14 @@ def _has_a_defect() -> NoReturn:
 
 
 def _is_stopped() -> int:
-    with Signals(grace=0, rank=0):
+    with Signals(grace=0, launch=Launch()):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     return 0
 
 
 def _loses_its_launcher() -> int:
-    with Signals(grace=0, rank=0) as signals:
+    with Signals(grace=0, launch=Launch()) as signals:
         signals._orphaned()
     return 0
 
