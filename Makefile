@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak check bench clean distclean
+.PHONY: help install demo test portable soak check bench clean distclean
 
 help:
 	@echo 'make demo       train 4 workers on handwritten digits (under two minutes), then a table'
 	@echo 'make test       the whole test suite'
 	@echo 'make check      format, lint, types, and the tests with warnings as errors'
+	@echo 'make portable   its numerical part, as if on older processors and with two threads'
 	@echo 'make soak       kill runs fifty times and resume them (half an hour)'
 	@echo 'make bench      what a local step, a synchronisation and a checkpoint cost'
 	@echo 'make install    the set-up alone, which each of these does first if need be'
@@ -27,6 +28,10 @@ demo: install
 # Two files at a time, since many tests leave a core idle; a file's tests stay together and in order.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Other kernels round otherwise: no test may hang on that. Not part of `make test`, since its results are of the tests.
+portable: install
+	$(BIN)/python tools/portable.py
 
 # Fifty seeded SIGKILLs of ranks and launchers, most of them in the middle of a save.
 soak: install

@@ -65,6 +65,9 @@ class Comm:
                     "this process is in a process group already: make ResIST before Accelerator or "
                     "init_process_group"
                 )
+            # Imported first: with a group that is older than DeepSpeed, Python's own end (train.py has none)
+            # meets gloo's running threads and aborts.
+            dist = deepspeed_comm()
             try:
                 torch.distributed.init_process_group(
                     "cpu:gloo,cuda:nccl" if gpus else "gloo",
@@ -81,7 +84,7 @@ class Comm:
                     f"rank {self.rank} cannot reach the other ranks ({_in_short(error)}): open the ports "
                     "between the machines, and name their network: GLOO_SOCKET_IFNAME (docs/multi-node.md)"
                 ) from error
-            deepspeed_comm().init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
+            dist.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
         shared_gpu = any(self.gather(self.local_size > gpus))
         self.buffer_device = torch.device("cpu") if shared_gpu else self.device
         if self.size > 1 and self.buffer_device.type == "cuda":

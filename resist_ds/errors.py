@@ -11,6 +11,9 @@ class RunError(Exception):
     exit_code = 1
     alone = False
 
+    def __str__(self) -> str:
+        return _printable(super().__str__())
+
 
 class UserError(RunError):
     """What the user typed cannot be done; the message says what to type instead. Exit code 2."""
@@ -30,6 +33,10 @@ class OtherVersionError(UserError):
     """A checkpoint is as it was written, by another version of this package; the message names both."""
 
 
+class DataError(RunError):
+    """Images cannot be had: a file that cannot be read, a loader process that has ended."""
+
+
 class NotFiniteError(RunError):
     """A worker met NaN or Inf (`--on_nan stop`). Exit code 3."""
 
@@ -45,3 +52,8 @@ class Stopped(RunError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def _printable(text: str) -> str:
+    """One line that any terminal takes, whatever names of files and fields are quoted in it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

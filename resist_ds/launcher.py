@@ -30,6 +30,7 @@ class Launch:
         local_rank, local_size: the same on this machine.
         launched: a launcher has started this process as a rank; also as the only one.
         agent_store: torchrun itself listens where the ranks meet, and not rank 0.
+        attempt: how often torchrun has started these ranks again (`--max-restarts`).
         place: MASTER_ADDR and MASTER_PORT as they are; `address` checks them.
     """
 
@@ -40,6 +41,7 @@ class Launch:
     launched: bool = False
     agent_store: bool = False
     place: tuple[str | None, str | None] = (None, None)
+    attempt: str = "0"
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Launch":
@@ -75,6 +77,7 @@ class Launch:
             launched=all(name in environment for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")),
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             place=(environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")),
+            attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
 
     @property

@@ -36,7 +36,7 @@ def meet(launch: Launch, timeout: timedelta) -> Store:
     if not listens:
         _reach(host, port, waiting)
     try:
-        store = TCPStore(
+        store: Store = TCPStore(
             host, port, launch.size, listens, timeout=timeout, wait_for_workers=False, multi_tenant=listens
         )
     except torch.distributed.DistNetworkError as error:
@@ -46,8 +46,9 @@ def meet(launch: Launch, timeout: timedelta) -> Store:
             f"MASTER_PORT is {port}, and another process of this machine listens there: start with another "
             "one (torchrun --master_port, accelerate launch --main_process_port, deepspeed --master_port)"
         ) from None
+    # torchrun's store outlives its ranks: what those of an earlier start have left there is not for these.
+    store = PrefixStore(f"attempt-{launch.attempt}", store)
     arrivals = PrefixStore("arrivals", store)
-    # At least: torchrun's store outlives its ranks, and counts those of an earlier start too.
     if arrivals.add("count", 1) >= launch.size:
         arrivals.set("complete", "")
     while True:

@@ -16,12 +16,13 @@ from torch import Tensor
 from resist_ds.comm import Comm
 from resist_ds.data.datasets import Data, download, load_data
 from resist_ds.data.order import Order, Position
+from resist_ds.data.trouble import Hearing, News
 from resist_ds.engines.deepspeed_options import scheduler_of
 from resist_ds.engines.local import Tally, local_steps
 from resist_ds.engines.place import place_workers
 from resist_ds.engines.rates import Rates
 from resist_ds.engines.workers import Workers
-from resist_ds.errors import NotFiniteError, RunError, Stopped, UserError
+from resist_ds.errors import DataError, NotFiniteError, RunError, Stopped, UserError
 from resist_ds.launcher import Launch
 from resist_ds.memory import one_line_when_out
 from resist_ds.nets.blueprint import Blueprint
@@ -76,12 +77,14 @@ class Report:
         signal: the number of a signal that asked it to stop, or None.
         due: whether, by its clock, it is time for a checkpoint.
         written: whether its part of a checkpoint in flight is on the disk.
+        trouble: with images, that it met on the way.
     """
 
     spoilt: dict[int, str]
     signal: int | None
     due: bool
     written: bool
+    trouble: News
 
 
 class Trainer:
@@ -120,6 +123,7 @@ class Trainer:
         )
         newest = start.position.round if start.here else 0
         self.saving = SavingPolicy(config, self.rounds, newest)
+        self._hearing = Hearing(config.on_bad_image)
 
     def run(self, signals: Signals | None = None) -> Result | None:
         """Train to the end; returns the last evaluation, or None if all was done before.
@@ -131,6 +135,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked for it; a checkpoint was written.
+            DataError: images could not be had; if another could stand in, the round was completed and saved.
             NotFiniteError: a worker met NaN or Inf under `--on_nan stop`.
         """
         net = self.net
@@ -158,17 +163,22 @@ class Trainer:
                 with self.meter.phase("sync"):
                     net.synchronise(round, dropped)
                 axes = self._axes(round)
+                lacking = self._lacking([r.trouble for r in reports], telemetry)
                 telemetry.round(axes, self.comm.gather(self.meter.take()), len(dropped))
                 if self._evaluation_is_due(round):
                     with self.meter.phase("eval"):
                         result = net.evaluate(self.evaluation, round, self.meter.free)
                     figures = self.comm.gather(self.meter.take())
                     telemetry.evaluation(axes, figures, result.loss, result.accuracy)
+                    lacking = self._lacking(self.comm.gather(self.data.trouble.take()), telemetry) or lacking
                 stop = next((r.signal for r in reports if r.signal is not None), None)
                 if self.saver.in_flight and all(r.written for r in reports):
                     self._settle(telemetry)
-                if stop is not None or self._checkpoint_is_due(round, reports[0].due):
-                    self._save(round, telemetry, wait=stop is not None)
+                leave = stop is not None or lacking is not None
+                if leave or self._checkpoint_is_due(round, reports[0].due):
+                    self._save(round, telemetry, wait=leave)
+                if lacking is not None:
+                    raise DataError(f"{lacking}; {self._goes_on_from(round)}")
                 if stop is not None and round + 1 < self.rounds:
                     raise self._stopped(round, stop, signals)
             self._settle(telemetry)
@@ -194,6 +204,7 @@ class Trainer:
         if config.download:
             comm.agree(lambda: download(config) if comm.local_rank == 0 else None)
         data = comm.agree(lambda: load_data(config))
+        comm.agree(lambda: data.check_shared_memory(config, comm.local_size))
         sizes = comm.gather((data.train_size, data.test_size, data.num_classes))
         for rank, size in enumerate(sizes):
             if size != sizes[0]:  # a machine with another copy
@@ -259,7 +270,8 @@ class Trainer:
                 "(2 for each accumulation step)"
             ) from error
         asked = signals.received if signals else None
-        return Report(spoilt, asked, self.saving.due_by_clock, self.saver.written)
+        due, written = self.saving.due_by_clock, self.saver.written
+        return Report(spoilt, asked, due, written, self.data.trouble.take())
 
     def _spoilt(self, round: int, tally: Tally, worker: Worker) -> str | None:
         """Where in a round a worker first met NaN or Inf, if it did: in a loss, or in what it now holds.
@@ -289,6 +301,14 @@ class Trainer:
         for line in said:
             telemetry.warn(f"{line}: its round is dropped")
         return frozenset(spoilt)
+
+    def _lacking(self, trouble: Sequence[News], telemetry: Telemetry) -> str | None:
+        """Why the run ends with this round for want of images, or None; the rest is told."""
+        told, ends = self._hearing.hear(trouble)
+        for line in told:
+            telemetry.warn(line)
+        telemetry.totals.unreadable = self._hearing.images
+        return ends
 
     def _evaluation_is_due(self, round: int) -> bool:
         every = self.config.eval_every
@@ -330,16 +350,19 @@ class Trainer:
             telemetry.warn(warning)
 
     def _stopped(self, round: int, signum: int, signals: Signals | None) -> Stopped:
-        name, there = signal.Signals(signum).name, "there"
-        newest = self.saving.newest
+        if self.saving.newest > round and signals:
+            signals.saved()
+        name = signal.Signals(signum).name
+        return Stopped(
+            f"stopped by {name} after round {round + 1} of {self.rounds}; {self._goes_on_from(round)}", signum
+        )
+
+    def _goes_on_from(self, round: int) -> str:
+        """Where a run that ends after `round` may be taken up again."""
+        newest, there = self.saving.newest, "there"
         if newest <= round:  # the warning before has said why
             there = f"round {newest}" if newest else "nothing: no checkpoint was written"
-        elif signals:
-            signals.saved()
-        return Stopped(
-            f"stopped by {name} after round {round + 1} of {self.rounds}; --resume auto goes on from {there}",
-            signum,
-        )
+        return f"--resume auto goes on from {there}"
 
     def _copies(self) -> dict[str, int]:
         """Bytes of host memory of optional copies, on the rank that has most. Collective: all ranks."""

@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import queue
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import THREADS
+
 settings.register_profile("shared machine", deadline=None)  # an example's time says nothing on a busy core
 settings.load_profile("shared machine")
 
@@ -24,6 +27,12 @@ _CONTEXT.set_forkserver_preload(["tests.warm"])
 
 Ranks = Callable[..., list[Any]]
 HANGS = 75  # seconds, below the time-out of run_ranks
+
+
+def pytest_configure() -> None:
+    """A script's background job inherits deaf ears for SIGINT, and so would all that the tests signal."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _rank(
@@ -37,7 +46,7 @@ def _rank(
     gc.freeze()  # a collection need not look through what was imported, which takes it 0.3 s
     from resist_ds.comm import Comm
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     try:
         comm = Comm(init_method=f"file://{store}")
         results.put((rank, function(comm, *args), None))
@@ -86,10 +95,10 @@ def run_ranks(
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small nets on one thread: results compare to the bit, and more would only wait for each other."""
+def fixed_threads() -> Iterator[None]:
+    """As many threads as a rank has: results compare to the bit; for small nets more would only wait."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(threads)
 

@@ -234,7 +234,11 @@ class _Simulation:
         config = self.config
         if config.optimizer == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                parameters.values(), config.lr, weight_decay=config.weight_decay
+                parameters.values(),
+                config.lr,
+                betas=tuple(float(beta) for beta in config.betas.split(",")),
+                eps=config.eps,
+                weight_decay=config.weight_decay,
             )
         else:
             optimizer = torch.optim.SGD(

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from resist_ds.comm import Comm
 from resist_ds.options.config import Config
 from resist_ds.trainer import Trainer
-from tests import oracle
+from tests import THREADS, oracle
 from tests.run import test_errors  # oracle registers the narrow nets
 
 OPTIONS: dict[str, Any] = {
@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {
     "keep": 100,
     "log_with": "none",
     "progress": False,
-    "cpu_threads": 1,
+    "cpu_threads": THREADS,
 }
 
 

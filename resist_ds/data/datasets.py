@@ -10,7 +10,7 @@ Nothing here communicates or writes files, except `download`; several ranks may 
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
@@ -21,8 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resist_ds.data.images import SMALL, Decode, InMemory, OnDisk, Schedule, Source, decoded, reason
+from resist_ds.data import image_folder
+from resist_ds.data.images import SMALL, Decode, Files, InMemory, OnDisk, Schedule, Source, decoded
+from resist_ds.data.loader import Stream, check_shared_memory
 from resist_ds.data.order import Purpose, crop_and_flip, keyed_hash
+from resist_ds.data.pixels import reason
+from resist_ds.data.trouble import Trouble
 from resist_ds.errors import RunError, UserError
 from resist_ds.options.config import Config
 
@@ -39,6 +43,8 @@ _MEAN_STD = {
     "synthetic": ((0.507, 0.501, 0.505), (0.229, 0.230, 0.228)),  # computed likewise
 }
 
+_AT_ONCE = 32  # images of a batch that goes through no net
+
 
 DIGITS = "sklearn/datasets/data/digits.csv.gz"
 
@@ -48,7 +54,8 @@ class Data:
     """A training and a test set, delivered as float [B, 3, S, S] images and int64 [B] labels on a device.
 
     Images are normalised, of dtype float32 or float64, contiguous or channels_last. The float32 values are
-    exactly the float64 ones, rounded. Errors: RunError with the path of an image that cannot be read.
+    exactly the float64 ones, rounded. An image that cannot be read is noted in `trouble`, and another stands
+    in for it; DataError where none can.
     """
 
     name: str
@@ -58,6 +65,8 @@ class Data:
     plain_train: Source  # the training images without what `train` does at random
     test: Source
     augment: Callable[[Tensor, int, np.ndarray], Tensor] | None  # see pad_crop_flip; None: not on the device
+    trouble: Trouble = field(default_factory=Trouble)  # of all three sources
+    remarks: Sequence[str] = ()  # what of its folders is no data, in a line each
 
     @property
     def train_size(self) -> int:
@@ -68,6 +77,29 @@ class Data:
     def test_size(self) -> int:
         """Number of test images."""
         return len(self.test.labels)
+
+    def check_shared_memory(self, config: Config, ranks: int) -> None:
+        """Whether the batches of loader processes fit where they wait for their rank.
+
+        Errors: UserError, with what to type.
+
+        Args:
+            ranks: of this machine.
+        """
+        if not isinstance(self.train, OnDisk):
+            return
+        processes, image = self.train.processes, 3 * self.img_size**2
+
+        def stream(images: int, batch: int) -> Stream:
+            return Stream(min(batch, images) * image, -(-images // batch))
+
+        evaluation = (
+            stream(min(config.calibration_samples, self.train_size), _AT_ONCE),
+            stream(self.test_size, config.eval_batch_size or config.batch_size),
+        )
+        # The stream of training stays open meanwhile; those of an evaluation follow each other.
+        largest = max(evaluation, key=lambda stream: stream.waiting(processes))
+        check_shared_memory(processes, (Stream(config.batch_size * image), largest), ranks)
 
     def train_batches(
         self, schedule: Schedule, device: torch.device, dtype: torch.dtype, channels_last: bool
@@ -94,7 +126,7 @@ class Data:
         self, indices: np.ndarray, device: torch.device, dtype: torch.dtype, channels_last: bool
     ) -> Tensor:
         """The training images [len(indices), 3, S, S] without augmentation: what calibrates BatchNorm."""
-        parts = np.array_split(indices, -(-len(indices) // 32) or 1)  # so that all loader processes have work
+        parts = np.array_split(indices, -(-len(indices) // _AT_ONCE) or 1)  # so that all processes have work
         images = [x for x, _ in self._plain_batches(self.plain_train, parts, device, dtype, channels_last)]
         return torch.cat(images)
 
@@ -155,15 +187,17 @@ def pad_crop_flip(images: Tensor, epoch: int, samples: np.ndarray, *, seed: int,
 def load_data(config: Config) -> Data:
     """Reads the data set that the options name. Touches no network: see `download`.
 
-    Errors: UserError for a missing or half-present folder, or classes that do not fit; RunError with its path
-    for an image that cannot be read (found here or, where images stay in their files, while training).
+    Errors: UserError for a missing or half-present folder, or classes that do not fit; DataError with the
+    path of an image that cannot be read, where images are kept in memory (where they are not, see Data).
     """
     name = config.dataset
     size = config.img_size or (224 if name in ("imagenet", "imagefolder") else 32)
     train: Source
     test: Source
+    trouble = Trouble()
+    remarks: list[str] = []
     if name in ("imagenet", "imagefolder"):
-        train, test, num_classes = _image_folders(config, size)
+        train, test, num_classes, remarks = _image_folders(config, size, trouble)
     elif name == "digits":
         num_classes = _num_classes(config, 10)
         train, test = _digits(size)
@@ -175,11 +209,11 @@ def load_data(config: Config) -> Data:
 
     plain_train, augment = train, None
     if config.augment and isinstance(train, OnDisk) and size > SMALL:
-        train = OnDisk(train.paths, train.labels, Decode(size, config.seed), train.processes)
+        train = replace(train, decode=Decode(size, config.seed))
     elif config.augment:
         # No flip for digits: a mirrored digit is another sign, or none.
         augment = partial(pad_crop_flip, seed=config.seed, flip=name != "digits")
-    return Data(name, num_classes, size, train, plain_train, test, augment)
+    return Data(name, num_classes, size, train, plain_train, test, augment, trouble, remarks)
 
 
 def _num_classes(config: Config, classes: int) -> int:
@@ -294,60 +328,23 @@ def _data_dir(config: Config) -> Path:
     return Path(config.data_dir).expanduser()
 
 
-def _image_folders(config: Config, size: int) -> tuple[Source, Source, int]:
-    root = _data_dir(config)
-    if not root.is_dir():
-        raise UserError(f"--data_dir {root}: no such folder")
-    train_folder = root / "train"
-    test_folder = next((root / x for x in ("val", "valid", "test") if (root / x).is_dir()), root / "val")
-    for folder in (train_folder, test_folder):
-        if not folder.is_dir():
-            raise UserError(
-                f"--data_dir {root} has no {folder.name} folder: it must hold train/ and val/ (or test/), "
-                "each with one folder of images per class"
-            )
-    train_files, train_classes = _class_folders(train_folder)
-    test_files, test_classes = _class_folders(test_folder)
-    for here, there, classes in (
-        (train_folder, test_folder, set(test_classes) - set(train_classes)),
-        (test_folder, train_folder, set(train_classes) - set(test_classes)),
-    ):
-        if classes:
-            raise UserError(f"{here} lacks class folders that {there} has: {_some(sorted(classes))}")
-    num_classes = _num_classes(config, len(train_classes))
+def _image_folders(config: Config, size: int, trouble: Trouble) -> tuple[Source, Source, int, list[str]]:
+    """Training and test images, classes, and what of the folders is no data."""
+    splits = image_folder.find(_data_dir(config))
+    num_classes = _num_classes(config, len(splits[0].classes))
     decode = Decode(size)
-    train: Source
-    test: Source
-    decoded_bytes = (len(train_files) + len(test_files)) * 3 * size * size
+    train, test = (
+        Files([path for path, _ in split.files], torch.tensor([label for _, label in split.files]))
+        for split in splits
+    )
+    remarks = [split.remark for split in splits if split.remark]
+    decoded_bytes = (len(train.paths) + len(test.paths)) * 3 * size * size
     if size <= SMALL and decoded_bytes <= config.cache_mib * 2**20:
-        train, test = (decoded(files, decode, config.data_workers) for files in (train_files, test_files))
-    else:
-        # More processes than cores get in each other's way, and torch warns of them.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = min(config.data_workers, cores)
-        train, test = (
-            OnDisk(
-                [path for path, _ in files], torch.tensor([label for _, label in files]), decode, processes
-            )
-            for files in (train_files, test_files)
-        )
-    return train, test, num_classes
-
-
-def _class_folders(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """All (path, label) below a folder of class folders, sorted by them, and the names of the classes."""
-    from torchvision.datasets import ImageFolder  # slow to import
-
-    try:
-        found = ImageFolder(str(folder), allow_empty=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be used: {reason(error)}") from None
-    filled = {label for _, label in found.samples}
-    empty = [name for name, label in found.class_to_idx.items() if label not in filled]
-    if empty:
-        raise UserError(f"{folder} has class folders without images: {_some(empty)}")
-    return found.samples, found.classes
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        noted = trouble if config.on_bad_image == "skip" else None
+        kept = [decoded(files, decode, config.data_workers, noted) for files in (train, test)]
+        return kept[0], kept[1], num_classes, remarks
+    # More processes than cores get in each other's way, and torch warns of them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(config.data_workers, cores)
+    on_disk = [OnDisk(files, decode, processes, trouble) for files in (train, test)]
+    return on_disk[0], on_disk[1], num_classes, remarks

@@ -1,12 +1,12 @@
-"""Where images wait for their batch: decoded in memory, or in files that loader processes decode on the way.
+"""Where images wait for their batch: decoded in memory, or in files that are decoded on the way.
 
-A *schedule* of (epoch, sample indices) goes in, and batches of bytes on the host come out in that order.
+A *schedule* of (epoch, sample indices) goes in, and batches of bytes on the host come out in that order. An
+image that cannot be read is replaced by its neighbour in the data set, the next one that can: a choice that
+depends on the files alone, so it is the same in whatever batch, worker, rank or loader process it is met.
+What becomes of the run, others decide (trouble.py).
 """
 
-import multiprocessing
-import os
-import signal
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,17 +15,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from resist_ds.data import pixels
+from resist_ds.data.loader import Loaded, load
 from resist_ds.data.order import resized_crop
-from resist_ds.errors import RunError
+from resist_ds.data.trouble import Trouble
+from resist_ds.errors import DataError
 
 Schedule = Iterable[tuple[int, np.ndarray]]
 """(epoch, sample indices int64 [B]) of one batch after the other."""
 
+Task = tuple[int, np.ndarray, Sequence[str]]
+"""(epoch, sample indices, their paths), so that a loader process holds no list of a million files."""
+
 # Up to this side, images are augmented by pad-crop-flip on the device (as for CIFAR), and image folders may
 # be kept decoded; above, training images are random resized crops of the files (as for ImageNet).
 SMALL = 64
+
+NEIGHBOURS = 100  # that are tried; if none can be read, it is not the images that are broken
 
 
 @dataclass(frozen=True)
@@ -65,29 +73,25 @@ class Decode(Dataset[object]):
     img_size: int
     seed: int | None = None
 
-    def __getitem__(self, task: tuple[int, np.ndarray, list[str]]) -> object:
-        """(epoch, samples, paths) → (epoch, samples, images uint8 [B, 3, S, S]).
-
-        An unreadable file's RunError is returned, not raised: raising in a loader process would bury its line
-        in that process's traceback.
-        """
+    def __getitem__(self, task: Task | DataError) -> Loaded | DataError:
+        """The images of a task uint8 [B, 3, S, S], and why which of them could not be read."""
+        if isinstance(task, DataError):  # which was lost on its way here
+            return task
         epoch, samples, paths = task
-        images = np.empty((len(paths), 3, self.img_size, self.img_size), np.uint8)
-        try:
-            for image, sample, path in zip(images, samples, paths, strict=True):
-                image[:] = self.read(path, epoch, int(sample))
-        except RunError as error:
-            return error
-        return epoch, samples, torch.from_numpy(images)
+        images = np.zeros((len(paths), 3, self.img_size, self.img_size), np.uint8)
+        unreadable: dict[int, str] = {}
+        for row, (sample, path) in enumerate(zip(samples, paths, strict=True)):
+            try:
+                images[row] = self.read(path, epoch, int(sample))
+            except pixels.UnreadableError as error:
+                unreadable[row] = str(error)
+            except DataError as error:
+                return error
+        return torch.from_numpy(images), unreadable
 
     def read(self, path: str, epoch: int = 0, sample: int = 0) -> np.ndarray:
-        """One image; RunError with its path if it cannot be read."""
-        try:
-            with Image.open(path) as file:
-                image = self._fit(file.convert("RGB"), epoch, sample)
-        except Exception as error:  # decoders raise nearly anything when they meet broken bytes
-            raise RunError(f"cannot read the image {path}: {reason(error)}") from None
-        return np.asarray(image).transpose(2, 0, 1)
+        """One image; DataError with its path if it cannot be read."""
+        return np.asarray(self._fit(pixels.read(path), epoch, sample)).transpose(2, 0, 1)
 
     def _fit(self, image: Image.Image, epoch: int, sample: int) -> Image.Image:
         size = self.img_size
@@ -105,37 +109,80 @@ class Decode(Dataset[object]):
 
 
 @dataclass(frozen=True)
-class OnDisk:
-    """Image files with their labels int64 [N], decoded by `processes` loader processes (0: by the caller)."""
+class Files:
+    """Image files with their labels int64 [N]."""
 
     paths: Sequence[str]
     labels: Tensor
+
+    def neighbour(self, decode: Decode, epoch: int, sample: int, why: str) -> tuple[np.ndarray, int]:
+        """What stands in for a sample that cannot be read: the image and label of the next that can.
+
+        Errors: DataError if none can.
+        """
+        for distance in range(1, min(NEIGHBOURS, len(self.paths) - 1) + 1):
+            other = (sample + distance) % len(self.paths)
+            try:
+                return decode.read(self.paths[other], epoch, sample), int(self.labels[other])
+            except pixels.UnreadableError:  # and is met as itself some day
+                continue
+        raise DataError(f"{why}, and nor can the images after it")
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Image files, decoded by `processes` loader processes (0: by the caller)."""
+
+    files: Files
     decode: Decode
     processes: int
+    trouble: Trouble
+
+    @property
+    def labels(self) -> Tensor:
+        """Of the files."""
+        return self.files.labels
 
     def stream(self, schedule: Schedule, pin: bool) -> Iterator[HostBatch]:
         """The scheduled batches, in order; `pin` puts their images into page-locked memory."""
-        # The paths travel with each batch, so that a loader process holds no list of a million files.
-        tasks = ((epoch, samples, [self.paths[i] for i in samples]) for epoch, samples in schedule)
-        loader = DataLoader(
-            self.decode,
-            sampler=tasks,
-            batch_size=None,  # a task is a batch already
-            collate_fn=_unchanged,
-            num_workers=self.processes,
-            pin_memory=pin,
-            multiprocessing_context=_loader_context() if self.processes else None,
-            worker_init_fn=_belong_to_the_rank,
-            generator=torch.Generator(),  # else it would draw a seed, which nobody uses, from the global one
-        )
-        try:
-            for batch in loader:
-                if isinstance(batch, RunError):
-                    raise batch
-                epoch, samples, images = batch
-                yield HostBatch(epoch, samples, images, self.labels[_rows(samples)])
-        except (RuntimeError, OSError, EOFError) as error:  # a process was killed, mostly for its memory
-            raise RunError(f"a loader process ended ({reason(error)}): try fewer --data_workers") from None
+        paths = self.files.paths
+        due: deque[Task] = deque()
+
+        def tasks() -> Iterator[Task]:
+            for epoch, samples in schedule:
+                due.append((epoch, samples, [paths[i] for i in samples]))
+                yield due[-1]
+
+        to_come = tasks()
+        loaded = load(self.decode, to_come, self.processes, pin)
+        while True:
+            try:
+                images, unreadable = next(loaded)
+            except StopIteration:
+                return
+            except DataError as error:
+                if not self.processes:
+                    raise
+                self.trouble.loader_ended(str(error))
+                break
+            yield self._complete(due.popleft(), images, unreadable)
+        while due or next(to_come, None) is not None:  # what was under way, once more, and the rest
+            yield self._complete(due[0], *self._here(due[0], pin))
+            due.popleft()
+
+    def _here(self, task: Task, pin: bool) -> Loaded:
+        """Decode a task without loader processes."""
+        (loaded,) = load(self.decode, [task], 0, pin)
+        return loaded
+
+    def _complete(self, task: Task, images: Tensor, unreadable: dict[int, str]) -> HostBatch:
+        epoch, samples, paths = task
+        labels = self.labels[_rows(samples)]
+        for row, why in unreadable.items():
+            image, labels[row] = self.files.neighbour(self.decode, epoch, int(samples[row]), why)
+            images[row] = torch.from_numpy(image.copy())
+            self.trouble.unreadable(paths[row], why)
+        return HostBatch(epoch, samples, images, labels)
 
 
 Source = InMemory | OnDisk
@@ -145,47 +192,30 @@ def _rows(samples: np.ndarray) -> Tensor:
     return torch.from_numpy(samples.astype(np.int64, order="C"))  # a copy: torch takes no reversed view
 
 
-def _unchanged(batch: object) -> object:
-    return batch
+def decoded(files: Files, decode: Decode, threads: int, trouble: Trouble | None) -> InMemory:
+    """Read all files into memory.
 
-
-def _belong_to_the_rank(process: int) -> None:
-    """Ctrl-C, and deepspeed's launcher, reach all processes; the rank needs these to end its round.
-
-    torch would look at the server that forked this process, which lives as long as its children do.
+    Args:
+        trouble: where an image that cannot be read is noted; None: it is an error.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_rank, daemon=True).start()
+    count = len(files.paths)
+    images = np.empty((count, 3, decode.img_size, decode.img_size), np.uint8)
+    labels = files.labels.clone()
 
+    def read(sample: int) -> None:
+        try:
+            images[sample] = decode.read(files.paths[sample], 0, sample)
+        except pixels.UnreadableError as error:
+            if trouble is None:
+                raise
+            images[sample], labels[sample] = files.neighbour(decode, 0, sample, str(error))
+            trouble.unreadable(files.paths[sample], str(error))
 
-def _end_with_the_rank() -> None:
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    rank.join()
-    os._exit(1)
-
-
-def _loader_context() -> multiprocessing.context.BaseContext:
-    """How loader processes start: forked, but from a server that holds this module and nothing else.
-
-    A fork of the rank itself would inherit the locks of the threads of gloo, NCCL and CUDA without the
-    threads, and may wait on one for ever. Spawning each process is as safe, but imports torch once for each.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resist_ds.data.loader_server", "__main__", __name__])
-    return context
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def decoded(files: Sequence[tuple[str, int]], decode: Decode, threads: int) -> InMemory:
-    """Read all of the (path, label) files into memory."""
-    images = np.empty((len(files), 3, decode.img_size, decode.img_size), np.uint8)
     with ThreadPoolExecutor(max(1, threads)) as pool:  # Pillow decodes outside of the interpreter lock
-        for image, pixels in zip(images, pool.map(decode.read, (path for path, _ in files)), strict=True):
-            image[:] = pixels
-    return InMemory(torch.from_numpy(images), torch.tensor([label for _, label in files]))
+        try:
+            for _ in pool.map(read, range(count)):
+                pass
+        except DataError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return InMemory(torch.from_numpy(images), labels)

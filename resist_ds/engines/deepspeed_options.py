@@ -12,11 +12,6 @@ from resist_ds.options.presets import PRESETS
 _NEEDED: Json = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
-def file_of(config: Config) -> str:
-    """The file that was typed, or the preset of `--strategy zero1|zero2|zero3`."""
-    return config.deepspeed_config or str(PRESETS / f"{config.strategy}.json")
-
-
 def engine_options(config: Config, ranks: int) -> Json:
     """What DeepSpeed's engine is given. Its learning rates are ours to set, step by step.
 
@@ -26,14 +21,13 @@ def engine_options(config: Config, ranks: int) -> Json:
     Raises:
         UserError: `train_batch_size` is not what the options make it.
     """
-    file = file_of(config)
-    found = DeepSpeedFile(file, config.accumulation_steps)
+    found = _read(config)
     each = 1 if config.way.stage is None else ranks
-    total = found.content.get("train_batch_size", "auto")
-    if total not in ("auto", each * config.batch_size):
+    whole = each * config.batch_size
+    if found.total not in (None, whole):
         raise UserError(
-            f"{file}: train_batch_size is {total}, and {each} × --batch_size {config.batch_size} is "
-            f"{each * config.batch_size}: leave it out"
+            f"{found.file}: train_batch_size is {found.total}, and {each} × --batch_size {config.batch_size} "
+            f"is {whole}: leave it out"
         )
     return {
         **_NEEDED,
@@ -49,11 +43,11 @@ def engine_options(config: Config, ranks: int) -> Json:
 
 def scheduler_of(config: Config) -> Json | None:
     """The file's scheduler, {"type": …, "params": {…}}, where it decides the learning rate."""
-    return DeepSpeedFile(file_of(config)).scheduler if config.schedule == "deepspeed" else None
+    return _read(config).scheduler if config.schedule == "deepspeed" else None
 
 
 def resolved(scheduler: Json, config: Config, steps: int) -> Json:
-    """A scheduler with numbers in place of "auto".
+    """A scheduler with numbers in place of "auto", which means no warm-up where none was typed.
 
     Args:
         steps: local steps of the whole run.
@@ -65,4 +59,11 @@ def resolved(scheduler: Json, config: Config, steps: int) -> Json:
         "warmup_min_lr": 0.0,
     }
     params = {k: known.get(k, v) if v == "auto" else v for k, v in scheduler["params"].items()}
-    return {"type": scheduler["type"], "params": params}
+    # What no option says is left to DeepSpeed.
+    return {"type": scheduler["type"], "params": {k: v for k, v in params.items() if v != "auto"}}
+
+
+def _read(config: Config) -> DeepSpeedFile:
+    """The file that was typed, or the preset of `--strategy zero1|zero2|zero3`."""
+    file = config.deepspeed_config or str(PRESETS / f"{config.strategy}.json")
+    return DeepSpeedFile(file, config.accumulation_steps, alone=config.way.stage is None)

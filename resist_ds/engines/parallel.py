@@ -113,7 +113,8 @@ def deepspeed_engine(
                 mpu=_Alone(comm) if alone else None,
             )[0]
     except (ValueError, TypeError, AssertionError) as error:  # its own checks of its options
-        raise UserError(f"DeepSpeed refuses its options: {str(error).splitlines()[0]}") from error
+        words = " ".join(str(error).split())  # pydantic's first line says how many, the second which
+        raise UserError(f"DeepSpeed refuses its options: {words}") from error
     finally:
         os.environ["LOCAL_RANK"] = before
 
@@ -132,15 +133,24 @@ def deepspeed_counted(comm: Comm) -> Iterator[None]:
 
 
 def deepspeed_schedule(name: str, params: Mapping[str, Any], lr: float) -> Callable[[int], float]:
-    """Step → learning rate, by DeepSpeed's scheduler of that name. Raises `UserError` on wrong parameters."""
+    """Step → learning rate, by DeepSpeed's scheduler of that name. Raises `UserError` on wrong parameters.
+
+    `warmup_num_steps` may be 0, which DeepSpeed's classes do not take: they warm up over two steps at least,
+    so theirs is begun behind these two.
+    """
     deepspeed_comm()
     from deepspeed.runtime import lr_schedules
+
+    behind = 2 if params.get("warmup_num_steps") == 0 else 0
+    if behind:
+        total = {"total_num_steps": params["total_num_steps"] + behind} if "total_num_steps" in params else {}
+        params = {**params, "warmup_num_steps": behind, **total}
 
     def rate(step: int) -> float:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
         scheduler = getattr(lr_schedules, name)(optimizer, **params)
-        if step:  # its constructor's is the first step's, and it is stepped after each
-            scheduler.step(step - 1)
+        if step or behind:  # its constructor's is the first step's, and it is stepped after each
+            scheduler.step(max(0, step - 1) + behind)
         return float(optimizer.param_groups[0]["lr"])
 
     try:

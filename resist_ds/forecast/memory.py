@@ -9,7 +9,7 @@ from resist_ds.forecast.traffic import fsdp_units
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
-from resist_ds.options.deepspeed_file import read
+from resist_ds.options.json_file import read
 from resist_ds.options.presets import PRESETS
 from resist_ds.protocol.sync import MEAN_CHUNK
 
@@ -71,5 +71,5 @@ def _bucket(strategy: str) -> int:
     """Bytes of the buffer that the presets of ZeRO let DeepSpeed have for gradients on their way."""
     if not strategy.startswith("zero"):
         return 0
-    zero = read(str(PRESETS / f"{strategy}.json"))["zero_optimization"]
+    zero = read("deepspeed_config", str(PRESETS / f"{strategy}.json"))["zero_optimization"]
     return 4 * int(zero["reduce_bucket_size"])

@@ -44,7 +44,7 @@ def optimizer_of(
     if config.optimizer == "adamw":
         kind = torch.optim.AdamW if decorated else AdamW
         # fused keeps the step counters on the device, where they travel with their piece
-        return kind(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+        return kind(parameters, config.lr, config.two_betas, config.eps, config.weight_decay, fused=True)
     kind = torch.optim.SGD if decorated else SGD
     return kind(
         parameters,

@@ -1,5 +1,6 @@
 """The workers' first values from a file of plain timm weights: an export of ours, or anybody's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from resist_ds.errors import UserError
@@ -42,7 +43,7 @@ class Pretrained:
             has = f"{list(there[wrong[0]])}, and" if wrong[0] in there else "missing, and"
             raise UserError(
                 f"--from_pretrained {path} is not of --model {blueprint.name}: {wrong[0]} is {has} the "
-                f"model has {list(expected[wrong[0]])}{_whose(weights)}"
+                f"model has {list(expected[wrong[0]])}{_whose(weights, expected)}"
             )
         for name in there.keys() - expected.keys():
             if not name.endswith(_BUFFERS):
@@ -89,8 +90,10 @@ def _find_net(weights: Weights, blueprint: Blueprint) -> None:
         weights.take_off(fitting[0])
 
 
-def _whose(weights: Weights) -> str:
+def _whose(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> str:
     """Of which net the file is instead, as far as can be told."""
+    if sum(weights.shapes.get(n) == shape for n, shape in expected.items()) > len(expected) // 2:
+        return ""
     says = weights.metadata.get("model")
     if says:
         return f"; it was exported from --model {says}"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import timm
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import logging
 
 from resist_ds.errors import RunError, UserError
 from resist_ds.nets.blueprint import TESTED
@@ -48,6 +49,7 @@ def fetch(model: str) -> None:
         return
     repository, revision = _repository(source)
     lacking = ""
+    logging.set_verbosity_error()  # it would tell every attempt
     for name in _names(source):
         try:
             hf_hub_download(repository, name, revision=revision)
@@ -82,10 +84,10 @@ def _here(source: "PretrainedCfg") -> Path | None:
         return Path(source.file)
     repository, revision = _repository(source)
     for name in _names(source):
-        try:
-            return Path(hf_hub_download(repository, name, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            continue
+        # hf_hub_download would ask the network for something else, even with local_files_only.
+        found = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found)
     return None
 
 

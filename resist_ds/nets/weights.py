@@ -5,9 +5,11 @@ and that is said; a file that holds no weights is refused in words that say what
 """
 
 import argparse
+import errno
 import pickle
 import re
 import stat
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,7 +76,7 @@ class Weights:
         self.shapes = {name: self.shapes[before] for name, before in inside.items()}
         self._say_prefixes({prefix})
         if aside:
-            self._said.append(f"{aside} other tensors are left out")
+            self._said.append(f"{aside} other tensor{'s are' if aside > 1 else ' is'} left out")
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of floats, in host memory; halves are widened.
@@ -195,8 +197,14 @@ def _unpickled(path: Path, mapped: bool) -> Any:
         with path.open("rb"):  # so that an error of the disk is one
             pass
         # timm's and torchvision's training scripts keep their arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what a file is that will be refused
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            except OSError as error:
+                if error.errno in (None, errno.EINVAL):  # a place that a file which is cut off does not have
+                    raise ValueError(error.strerror or "it ends too early") from None
+                raise
 
     try:
         return patiently(path, load)
@@ -229,9 +237,8 @@ def _tensors_of(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     where: list[str] = []
     while isinstance(content, Mapping) and len(where) <= _DEPTH:
         own = _tensors(content)
-        inner = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping) and v}
-        known = next((key for key in _WRAPPINGS if key in inner), None)
-        counts = {key: len(_tensors(value)) for key, value in inner.items()}
+        counts = {key: n for key, value in content.items() if isinstance(key, str) and (n := _count(value))}
+        known = next((key for key in _WRAPPINGS if key in counts), None)
         most = max(counts.values(), default=0)
         largest = [key for key, count in counts.items() if count == most > len(own)]
         if known is None and len(largest) > 1:
@@ -245,11 +252,19 @@ def _tensors_of(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
         if key is None:
             break
         where.append(key)
-        content = inner[key]
+        content = content[key]
     holds = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise UserError(
         f"--from_pretrained {path} holds no tensors by name ({holds or 'nothing'}): save net.state_dict()"
     )
+
+
+def _count(content: Any, depth: int = _DEPTH) -> int:
+    """Tensors by name in dictionaries of dictionaries; none in a tensor."""
+    if not isinstance(content, Mapping) or depth < 0:
+        return 0
+    inside = (value for key, value in content.items() if isinstance(key, str))
+    return len(_tensors(content)) + sum(_count(value, depth - 1) for value in inside)
 
 
 def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from resist_ds.errors import UserError
-from resist_ds.options.deepspeed_file import read
+from resist_ds.options.json_file import read
 from resist_ds.options.strategy import STRATEGIES
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _number(text: str) -> float | None:
 def _content(file: str | None) -> Mapping[str, Any]:
     """A DeepSpeed file's fields, as far as it can be read: as an option it is answered for."""
     try:
-        return read(file) if file else {}
+        return read("deepspeed_config", file) if file else {}
     except UserError:
         return {}
 

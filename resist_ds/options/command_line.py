@@ -23,7 +23,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from resist_ds.errors import UserError
 from resist_ds.options.config import CHOICES, FIELDS, TYPES, Config
 from resist_ds.options.deepspeed_file import DeepSpeedFile
-from resist_ds.options.presets import find
+from resist_ds.options.json_file import cut
+from resist_ds.options.presets import contents
+from resist_ds.options.strategy import STRATEGIES
 
 
 class _Given(NamedTuple):
@@ -57,9 +59,11 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     # Each alone first, so that an error names its option and file whatever jsonargparse's message looks like.
     for name, value, where in options:
         try:
+            if ":" in value and not {int, float}.isdisjoint(_kinds(name)):
+                raise ArgumentError(None, "")  # YAML 1.1 makes 90 of 1:30, which nobody means
             parser.parse_args([f"--{name}={value}"])
         except ArgumentError:
-            raise UserError(f"{where} is {value!r}: type {_expected(name)}") from None
+            raise UserError(f"{where} is {cut(repr(value))}: type {_expected(name)}") from None
     try:
         values = parser.parse_args([f"--{given.name}={given.value}" for given in options] + print_config)
     except ArgumentError as error:
@@ -73,8 +77,10 @@ def _deepspeed_file(options: Sequence[_Given]) -> list[_Given]:
     if not named or named[-1] in ("", "null"):
         return []
     file = named[-1]
-    typed = [given.value for given in options if given.name == "accumulation_steps"]
-    found = DeepSpeedFile(file, int(typed[-1]) if typed and typed[-1].isdecimal() else 1).options
+    typed = {given.name: given.value for given in options}
+    parts = typed.get("accumulation_steps", "")
+    alone = typed.get("strategy") not in [name for name, way in STRATEGIES.items() if way.stage]
+    found = DeepSpeedFile(file, int(parts) if parts.isdecimal() and len(parts) < 20 else 1, alone).options
     return [_Given(option, str(value), f"{file}: {name}") for option, (name, value) in found.items()]
 
 
@@ -119,24 +125,30 @@ def _plain(given: _Given) -> _Given:
 
 def _yaml_file(name: str) -> Iterator[_Given]:
     try:
-        text = find(name, ".yaml").read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:  # not text, nested too deep, ...
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--config {name} cannot be read: {' '.join(str(reason).split())}") from None
+        root = yaml.compose(contents("config", name, ".yaml"), Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise UserError(f"--config {name} cannot be read: it is nested too deeply") from None
+    except (ValueError, yaml.YAMLError) as error:  # not text, no YAML
+        raise UserError(f"--config {name} cannot be read: {' '.join(str(error).split())}") from None
     if root is None:
         return  # an empty file, or nothing but comments
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {name}: write one option a line, for instance 'lr: 0.1'")
     seen = set()
     for key, value in root.value:
-        option = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else "a list"
+        option = cut(key.value.replace("-", "_")) if isinstance(key, yaml.ScalarNode) else "a list"
         where = f"{name}:{key.start_mark.line + 1}: {option}"
         if option not in FIELDS:
             raise UserError(f"{where} is an unknown option{_suggest(option, '')}")
         if option in seen:
             raise UserError(f"{where} is given twice: remove one of them")
         seen.add(option)
+        items = (
+            value.value if isinstance(value, yaml.SequenceNode) and FIELDS[option].metadata["many"] else []
+        )
+        if items and all(isinstance(item, yaml.ScalarNode) for item in items):
+            yield _Given(option, ",".join(item.value for item in items), where)
+            continue
         null = isinstance(value, yaml.ScalarNode) and value.tag == "tag:yaml.org,2002:null"
         nullable = type(None) in _kinds(option) or FIELDS[option].metadata["null"] is not None
         if not isinstance(value, yaml.ScalarNode) or (null and not nullable):

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from resist_ds.errors import UserError
 from resist_ds.options.deepspeed_file import DeepSpeedFile
+from resist_ds.options.json_file import joined
 from resist_ds.options.strategy import STRATEGIES, Strategy
 
 T = TypeVar("T")
@@ -33,13 +34,15 @@ def _option(
     group: str = "",
     free: bool = False,
     null: str | None = None,
+    many: bool = False,
 ) -> T:
     """A field and its help. A number must lie in [low, below); `group` opens a section of `--help`.
 
     `free`: it does not shape what is trained, so a resumed run may have another value.
     `null`: what a null means to an option that has none in its type, as the None of a sweep: nothing of it.
+    `many`: a text of values that are joined by commas, which may be a list in a YAML file.
     """
-    metadata = {"doc": doc, "low": low, "below": below, "group": group, "free": free, "null": null}
+    metadata = dict(doc=doc, low=low, below=below, group=group, free=free, null=null, many=many)
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -85,6 +88,11 @@ class Config:
     augment: bool = _option(True, "Random crop, and horizontal flip where the data set allows it.")
     data_workers: int = _option(
         4, "Processes per rank that decode image folders which do not fit in memory.", free=True
+    )
+    on_bad_image: Literal["stop", "skip"] = _option(
+        "stop",
+        "An image that cannot be read ends the run when its round is saved, or its neighbour stands in.",
+        free=True,
     )
     cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
 
@@ -136,6 +144,8 @@ class Config:
     lr: float = _option(0.01, "Peak learning rate.")
     momentum: float = _option(0.9, "Momentum of SGD.", below=1)
     nesterov: bool = _option(False, "Nesterov's form of the momentum (SGD).")
+    betas: str = _option("0.9,0.999", "AdamW's two decay rates, joined by a comma.", many=True)
+    eps: float = _option(1e-8, "AdamW's term that keeps a division from being one by zero.")
     weight_decay: float = _option(5e-4, "Weight decay, on every parameter as in the paper.")
     label_smoothing: float = _option(0.0, "Label smoothing of the training loss.", below=1, null="0")
     clip_grad: float = _option(
@@ -211,6 +221,7 @@ class Config:
         None,
         "Options, joined by commas, that a resumed run may have other values of: lr,epochs.",
         free=True,
+        many=True,
     )
     grace: float = _option(
         25.0, "Seconds after SIGTERM or SIGINT in which the round may end and be saved.", free=True
@@ -238,11 +249,25 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"--{name} is {getattr(self, name)!r}: type one of {', '.join(choices)}")
+        if not self.deepspeed_config:
+            self._check_values()
+            return
+        file = DeepSpeedFile(self.deepspeed_config, self.accumulation_steps, alone=self.way.stage is None)
+        try:
+            self._check_values()
+        except UserError as error:
+            raise UserError(file.named(str(error))) from None
+        if wrong := file.contradictions(asdict(self), self.way.stage):
+            raise UserError(f"{self.deepspeed_config}: {joined(wrong)}")
+
+    def _check_values(self) -> None:
         for name, option in FIELDS.items():
             value, low, below = getattr(self, name), option.metadata["low"], option.metadata["below"]
             if isinstance(value, int | float) and not (low <= value < below):  # NaN fails every comparison
                 limit = f"at least {low}" if below == math.inf else f"at least {low} and below {below}"
                 raise UserError(f"--{name} is {value}: type a finite number, {limit}")
+        # One writing, however they were typed: a resumed run compares it with the checkpoint's.
+        object.__setattr__(self, "betas", ",".join(map(str, self.two_betas)))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -272,6 +297,9 @@ class Config:
             raise UserError(
                 "--nesterov is for --optimizer sgd and a --momentum above 0: type --nesterov false"
             )
+        for name in ("betas", "eps"):
+            if self.optimizer != "adamw" and getattr(self, name) != self.default(name):
+                raise UserError(f"--{name} is for --optimizer adamw: leave it out, or type that")
         if self.dtype == "float64" and self.mixed_precision != "no":
             raise UserError("--dtype float64 excludes mixed precision: type --mixed_precision no")
         if self.rounds is not None and self.warmup_rounds > self.rounds:
@@ -323,22 +351,26 @@ class Config:
             raise UserError("--channels_last is not for FSDP2 and DeepSpeed here: leave it out")
         if self.way.stage and self.dtype == "float64":
             raise UserError(f"--strategy {strategy} computes in float32: type --dtype float32")
-        self._check_deepspeed_file()
-
-    def _check_deepspeed_file(self) -> None:
-        file = self.deepspeed_config
-        if file is None:
-            if self.schedule == "deepspeed":
-                raise UserError("--schedule deepspeed needs a --deepspeed_config with a scheduler in it")
-            return
-        found = DeepSpeedFile(file, self.accumulation_steps)
-        for words in found.contradictions(self.to_dict(), self.strategy, self.way.stage):
-            raise UserError(f"{file}: {words}")
+        if self.deepspeed_config is None and self.schedule == "deepspeed":
+            raise UserError("--schedule deepspeed needs a --deepspeed_config with a scheduler in it")
 
     @property
     def way(self) -> Strategy:
         """The facts of `--strategy`."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def two_betas(self) -> tuple[float, float]:
+        """The numbers in `--betas`. Raises `UserError` where it holds anything else."""
+        try:
+            first, second = (float(beta) for beta in self.betas.strip("[()] ").split(","))
+        except ValueError:
+            first = second = -1
+        if not (0 <= first < 1 and 0 <= second < 1):
+            raise UserError(
+                f"--betas is {self.betas!r}: type two numbers, at least 0 and below 1, such as 0.9,0.999"
+            )
+        return first, second
 
     def least_blocks(self, pool: int) -> int:
         """Lower bound of the pool blocks in a worker's vector: all of them unless the net is partitioned."""

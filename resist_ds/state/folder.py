@@ -54,6 +54,7 @@ class RunFolder:
                 f"--output_dir {self.path} is in use by {self._who()}: stop that run, or type another folder"
             ) from None
         except OSError as error:
+            self.release()
             raise UserError(
                 f"--output_dir {self.path} cannot be written to ({error.strerror}): type another folder"
             ) from None
@@ -67,7 +68,8 @@ class RunFolder:
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this folder's."""
-        return checkpoint.resolve().parent == self.checkpoints.resolve()
+        here = self.checkpoints.resolve()  # of a link count where it lies and where it leads
+        return here in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left out of the way of a new one; returns where it is now, or None."""

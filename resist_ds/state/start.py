@@ -49,6 +49,7 @@ class Start:
         folder, state: of the checkpoint that the run goes on from, or None.
         here: whether that is in the run's own folder, so that its records are continued.
         position: where the run begins.
+        weights: the file of `--from_pretrained`, once `source` has opened it, or None.
         remarks: what the user should know.
     """
 
@@ -59,6 +60,7 @@ class Start:
         self._run_folder = folder
         self._checkpoint = comm.agree(lambda: _see(comm.rank, choice)) if choice.path else None
         self._pretrained: Pretrained | None = None
+        self.weights: Path | None = None
         self.folder = choice.path
         self.state = self._checkpoint.state if self._checkpoint else None
         self.here = choice.path is not None and folder.holds(choice.path)
@@ -138,6 +140,7 @@ class Start:
         else:
             path = Path(config.from_pretrained).expanduser()
         self._pretrained = Pretrained(path, blueprint, config.seed, scale)
+        self.weights = path
         self.remarks.extend(self._pretrained.remarks)
         return self._pretrained
 

@@ -123,6 +123,7 @@ class Totals:
         peak: per phase and rank, bytes.
         bytes_round, bytes_total: bytes of synchronisation alone, and of everything.
         skipped: rounds of workers that were dropped (`--on_nan skip`).
+        unreadable: images that this process could not read (`--on_bad_image skip`).
         wall: seconds that the run has lasted.
         accuracy: of every evaluation, in order; of a resumed run, the best and the last one before.
     """
@@ -134,6 +135,7 @@ class Totals:
     bytes_total: int = 0
     rounds: int = 0
     skipped: int = 0
+    unreadable: int = 0
     wall: float = 0.0
     accuracy: list[float] = field(default_factory=list)
 

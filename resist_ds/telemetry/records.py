@@ -100,6 +100,8 @@ class Telemetry:
         metrics = round_metrics(ranks)
         if self._config.on_nan == "skip":
             metrics["train/skipped"] = skipped
+        if self._config.on_bad_image == "skip":
+            metrics["data/unreadable"] = self.totals.unreadable
         self._record("round", {**position, **metrics})
         if self._bar is not None:
             self._shown |= {

@@ -78,6 +78,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{config.model}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of P = {pool} blocks",
         f"{data.name}: {data.train_size:,} training and {data.test_size:,} test images, "
         f"{data.num_classes} classes, {data.img_size}×{data.img_size}",
+        *data.remarks,
         f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}, "
         f"each with {blocks}: {100 * held:.0f} % of the parameters",
         f"who plays whom: {'; '.join(plays)}{more}",
@@ -92,6 +93,8 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         lines.append(predicted)
     if start.folder:
         lines.append(f"goes on from {start.folder}: {start.position.round} rounds are done")
+    if start.weights:
+        lines.append(f"starts from the weights in {start.weights}")
     if config.warmup_rounds > start.position.round:
         lines.append(
             f"the first {_count(config.warmup_rounds, 'round')}: local SGD, each worker holds the full model"
@@ -190,6 +193,8 @@ def closing(
         )
     if totals.skipped:
         lines.append(f"dropped for NaN or Inf: {_count(totals.skipped, 'round')} of a worker")
+    if totals.unreadable:
+        lines.append(f"could not be read: {_count(totals.unreadable, 'image')}; neighbours stood in")
     lines.append(f"checkpoint: {checkpoint} (tools/export.py makes a plain timm model of it)")
     return "\n".join(lines)
 

@@ -1,8 +1,6 @@
 """Data order, augmentation and data sets: keyed by (seed, epoch, sample), and one line when they fail."""
 
-import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +20,8 @@ from torchvision.transforms import v2
 
 from resist_ds.data.datasets import Data, InMemory, OnDisk, download, load_data, pad_crop_flip
 from resist_ds.data.order import Order, Purpose, crop_and_flip, keyed_hash, resized_crop
-from resist_ds.errors import RunError, UserError
+from resist_ds.data.trouble import News
+from resist_ds.errors import DataError, RunError, UserError
 from resist_ds.options.config import Config
 
 CPU = torch.device("cpu")
@@ -65,6 +64,7 @@ def test_a_batch_depends_on_its_keys_and_not_on_what_was_asked_before(order, ste
     np.testing.assert_array_equal(again.batch(step, worker)[1], expected)
 
 
+@pytest.mark.numerical
 def test_the_order_stays_what_it_is():
     """Golden values: a run must train on the same batches next year. The hash is splitmix64's sequence."""
     # The state after no keys is 0, so counter 0 gives the generator's known first output from seed 0.
@@ -135,6 +135,7 @@ def test_crops_are_uniform_and_independent():
     assert len(counts) == 162 and 0.7 < ((counts - 200) ** 2 / 200).sum() / 161 < 1.3
 
 
+@pytest.mark.numerical
 def test_pad_crop_flip_is_the_plain_one():
     images = torch.randint(
         0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -154,6 +155,7 @@ def batches(data: Data, schedule, **changed) -> list[tuple[torch.Tensor, torch.T
     return list(data.train_batches(schedule, **{**PLAIN, **changed}))
 
 
+@pytest.mark.numerical
 def test_a_sample_looks_the_same_in_whatever_batch_it_comes():
     data = load_data(Config(dataset="synthetic"))
     samples = np.arange(60)
@@ -170,6 +172,7 @@ def test_a_sample_looks_the_same_in_whatever_batch_it_comes():
     assert torch.equal(batches(plain, [(2, samples)])[0][0], data.train_images(samples, **PLAIN))
 
 
+@pytest.mark.numerical
 def test_float32_values_are_the_rounded_float64_ones_in_both_memory_formats():
     data = load_data(Config())
     schedule = [(0, np.arange(50))]
@@ -186,6 +189,7 @@ def test_float32_values_are_the_rounded_float64_ones_in_both_memory_formats():
         assert plain.is_contiguous(memory_format=wanted)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_training_images_are_normalised_to_mean_0_and_spread_1(name):
     data = load_data(Config(dataset=name))
@@ -218,6 +222,7 @@ def test_nothing_reads_or_moves_the_global_random_state(folder):
 # Digits and synthetic
 
 
+@pytest.mark.numerical
 def test_the_digits_split_is_fixed_balanced_and_disjoint():
     data, other = load_data(Config()), load_data(Config(seed=9, augment=False))
     assert (data.train_size, data.test_size, data.num_classes, data.img_size) == (1437, 360, 10, 32)
@@ -243,6 +248,7 @@ def test_digits_are_never_mirrored():
         assert torch.equal(got[k], padded[k, :, tops[k] : tops[k] + 32, lefts[k] : lefts[k] + 32])
 
 
+@pytest.mark.numerical
 def test_synthetic_is_learnable_and_the_same_everywhere():
     data = load_data(Config(dataset="synthetic", num_classes=7))
     assert (data.train_size, data.test_size, data.num_classes) == (2048, 512, 7)
@@ -299,6 +305,7 @@ def folder(tmp_path) -> dict[str, str]:
     return {"dataset": "imagefolder", "data_dir": str(tmp_path)}
 
 
+@pytest.mark.numerical
 def test_folders_are_read_the_same_from_memory_and_by_loader_processes(folder):
     schedule = [(epoch, part) for epoch in range(2) for part in np.array_split(np.arange(29, -1, -1), 4)]
     for augment in (False, True):
@@ -327,17 +334,19 @@ def test_class_sorted_folders_are_mixed_by_the_order(folder):
     assert all(len(y.unique()) > 1 for _, y in drawn)
 
 
+@pytest.mark.numerical
 def test_large_images_match_torchvision(folder):
     data = load_data(Config(**folder, img_size=70, data_workers=0))
     usual = v2.Compose([v2.Resize(80), v2.CenterCrop(70), v2.PILToTensor()])
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     ((images, _),) = data.test_batches([np.arange(6)], **PLAIN)
-    for image, path in zip(images, data.test.paths, strict=True):
+    for image, path in zip(images, data.test.files.paths, strict=True):
         expected = usual(torchvision.datasets.folder.pil_loader(path))
         torch.testing.assert_close(image, (expected / 255 - mean) / std, rtol=0, atol=1e-5)
     assert torch.equal(data.train_images(np.arange(4), **PLAIN)[:, 0].isfinite(), torch.ones(4, 70, 70) == 1)
 
 
+@pytest.mark.numerical
 def test_large_images_are_augmented_by_sample_in_whatever_process(folder):
     options = {**folder, "img_size": 70, "seed": 3}
     samples = np.arange(12)
@@ -346,7 +355,7 @@ def test_large_images_are_augmented_by_sample_in_whatever_process(folder):
         data = load_data(Config(**options, data_workers=workers))
         got = batches(data, [(1, part) for part in np.array_split(samples[::-1], parts)])
         assert torch.equal(torch.cat([x for x, _ in got]), reference.flip(0))
-    with Image.open(data.train.paths[7]) as file:
+    with Image.open(data.train.files.paths[7]) as file:
         box, flip = resized_crop(3, 1, 7, *file.size)
         expected = v2.functional.pil_to_tensor(file.convert("RGB").crop(box).resize((70, 70), 2))
     expected = expected.flip(2) if flip else expected
@@ -359,6 +368,7 @@ def test_large_images_are_augmented_by_sample_in_whatever_process(folder):
 
 def test_grey_and_transparent_images_become_rgb(tmp_path):
     for part in ("train", "val"):
+        picture(tmp_path / part / "b" / "rgb.png", 100, (8, 8))
         picture(tmp_path / part / "a" / "rgb.png", 100, (8, 8))
         Image.new("L", (8, 8), 50).save(tmp_path / part / "a" / "grey.png")
         Image.new("RGBA", (8, 8), (1, 2, 3, 9)).save(tmp_path / part / "a" / "clear.png")
@@ -379,32 +389,58 @@ def break_image(how: str, path: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "missing"])
 @pytest.mark.parametrize("name", ["ant/06.jpg", "bee/07.png"])
-def test_an_unreadable_image_is_named_in_one_line(folder, name, how, workers):
+def test_an_unreadable_image_is_named_and_its_neighbour_stands_in(folder, name, how):
     path = Path(folder["data_dir"], "train", name)
-    data = load_data(Config(**folder, img_size=70, data_workers=workers))
-    break_image(how, path)
-    found = data.train_batches([(0, part) for part in np.array_split(np.arange(30), 6)], **PLAIN)
-    with pytest.raises(RunError) as caught:
-        list(found)
-    assert str(caught.value).startswith(f"cannot read the image {path}: ") and "\n" not in str(caught.value)
-    assert not isinstance(caught.value, UserError) and caught.value.__cause__ is None
-    if how != "missing":  # kept in memory: found while loading
-        with pytest.raises(RunError, match=f"cannot read the image {path}: "):
-            load_data(Config(**folder, img_size=16))
+    schedule = [(epoch, part) for epoch in (0, 1) for part in np.array_split(np.arange(30), 6)]
+    bad = 6 if name.startswith("ant") else 17
+    for size in (70, 16):
+        sound = load_data(Config(**folder, img_size=size, data_workers=0, cache_mib=0, augment=False))
+        x, y = (torch.cat(parts) for parts in zip(*batches(sound, schedule), strict=True))
+        for row in (bad, bad + 30):
+            x[row], y[row] = x[row + 1], y[row + 1]
+        data = load_data(Config(**folder, img_size=size, data_workers=2, cache_mib=0, augment=False))
+        content = path.read_bytes()
+        break_image(how, path)
+        x2, y2 = (torch.cat(parts) for parts in zip(*batches(data, schedule), strict=True))
+        assert torch.equal(x, x2) and torch.equal(y, y2)
+        ((of, said),) = data.trouble.take().unreadable.items()
+        assert of == str(path) and said.startswith(f"cannot read the image {path}: ") and "\n" not in said
+        assert data.trouble.take() == News()
+        path.write_bytes(content)
 
 
-def test_a_killed_loader_process_ends_in_one_line(folder):
-    data = load_data(Config(**folder, img_size=70, data_workers=1))
-    found = data.train_batches(((0, np.arange(4)) for _ in range(100)), **PLAIN)
-    next(found)
-    (process,) = active_children()
-    os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(RunError, match=r"a loader process ended.*--data_workers") as caught:
-        list(found)
-    assert "\n" not in str(caught.value)
+def test_kept_in_memory_or_not_the_same_image_stands_in(folder):
+    """Crops are those of the sample that is replaced. The last one's neighbour is the first."""
+    root = Path(folder["data_dir"])
+    bad = [root / "train" / name for name in ("ant/06.jpg", "bee/07.png", "cat/08.jpg", "cat/09.png")]
+    for path in (*bad, root / "val" / "bee" / "11.png"):
+        break_image("truncated", path)
+    options = {**folder, "img_size": 16}
+    with pytest.raises(DataError, match=f"^cannot read the image {bad[0]}: ") as caught:
+        load_data(Config(**options))
+    assert not isinstance(caught.value, UserError) and "\n" not in str(caught.value)
+    schedule = [(epoch, np.arange(30)) for epoch in range(3)]
+    kept = load_data(Config(**options, on_bad_image="skip"))
+    noted = kept.trouble.take().unreadable
+    assert sorted(noted) == sorted([*map(str, bad), str(root / "val" / "bee" / "11.png")])
+    for how in ("stop", "skip"):
+        data = load_data(Config(**options, on_bad_image=how, cache_mib=0, data_workers=0))
+        for (x, y), (x2, y2) in zip(batches(kept, schedule), batches(data, schedule), strict=True):
+            assert torch.equal(x, x2) and torch.equal(y, y2)
+        assert y.tolist()[-2:] == [0, 0] and y.tolist()[6] == 0 and y.tolist()[17] == 1
+        ((x, y),), ((x2, y2),) = (d.test_batches([np.arange(6)], **PLAIN) for d in (kept, data))
+        assert torch.equal(x, x2) and y.tolist() == y2.tolist() == [0, 0, 1, 2, 2, 2]
+        assert data.trouble.take().unreadable == noted
+
+
+def test_where_no_neighbour_can_be_read_it_is_an_error(folder):
+    data = load_data(Config(**folder, img_size=70, data_workers=2))
+    for path in Path(folder["data_dir"], "train").rglob("*.*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"ant/00.jpg: .*No such file.*, and nor can the images after it$"):
+        batches(data, [(0, np.arange(4))])
 
 
 def test_loader_processes_work_once_torch_distributed_is_up_and_end_with_their_iterator(folder, tmp_path):
@@ -455,13 +491,6 @@ def test_missing_and_half_present_folders_are_the_users_error(folder, damage, me
     assert "\n" not in str(caught.value) and folder["data_dir"] in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "test"])
-def test_the_test_folder_may_be_called(folder, name):
-    root = Path(folder["data_dir"])
-    (root / "val").rename(root / name)
-    assert load_data(Config(**folder, img_size=8)).test_size == 6
-
-
 def test_imagenet_defaults_to_224(folder):
     data = load_data(Config(dataset="imagenet", data_dir=folder["data_dir"], data_workers=0))
     assert batches(data, [(0, np.arange(2))])[0][0].shape == (2, 3, 224, 224)
@@ -497,6 +526,7 @@ def cifar(tmp_path, monkeypatch) -> Config:
     return Config(dataset="cifar10", data_dir=str(tmp_path), augment=False)
 
 
+@pytest.mark.numerical
 def test_cifar_is_read_from_its_folder(cifar):
     data = load_data(cifar)
     assert (data.train_size, data.test_size, data.num_classes, data.img_size) == (20, 4, 10, 32)
@@ -562,9 +592,9 @@ GOLDEN_SYNTHETIC = "9c15fae817673d23986e60206abd5150"
 def test_server_of_loader_processes_leaves_sigterm_to_the_rank() -> None:
     code = (
         "import os, signal, time\n"
-        "from resist_ds.data.images import _loader_context\n"
+        "from resist_ds.data.loader import _Context\n"
         "from multiprocessing.forkserver import _forkserver as server\n"
-        "_loader_context()\n"
+        "_Context()\n"
         "server.ensure_running()\n"
         "time.sleep(1)\n"
         "while b'SigIgn' and not int(open(f'/proc/{server._forkserver_pid}/status')"

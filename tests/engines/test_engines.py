@@ -2,6 +2,7 @@
 
 import json
 import math
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from resist_ds.errors import UserError
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options.command_line import parse
 from resist_ds.options.config import Config
+from resist_ds.options.deepspeed_fields import ZERO_PASSED_ON
 from resist_ds.protocol.partition import sample_partition
 from resist_ds.trainer import Trainer
 from tests import oracle, saved
@@ -48,6 +50,39 @@ def written(folder: Path, content: object) -> str:
 # Spread over the ranks.
 
 
+def results(folder: Path) -> dict[str, np.ndarray]:
+    """What a run came to, a vector for each kind of numbers: losses, changes of parameters, momentum, …"""
+    start = Blueprint(OPTIONS["model"], 10)
+    initial = dict(start.initial_shared(0))
+    for block in range(start.pool):
+        prefix = start.block_prefix(block)
+        initial |= {prefix + name: value for name, value in start.initial_block(0, block).items()}
+    parts: dict[str, list[np.ndarray]] = {}
+    for line in loss_log(folder):
+        for key in sorted(line.keys() & {"train/loss", "eval/loss"}):
+            parts.setdefault(key, []).append(np.array([line[key]]))
+    for name, array in sorted(tensors(last(folder)).items()):
+        change = array.astype(np.float64) - (initial[name].numpy() if name in initial else 0)
+        kind = "parameters" if name in initial else name.rpartition(".")[2]
+        parts.setdefault(kind, []).append(change.ravel())
+    return {kind: np.concatenate(arrays) for kind, arrays in parts.items()}
+
+
+def assert_the_same_training(found: Path, exact: Path) -> None:
+    """A run in float32 differs from one in float64 by less than a hundredth of what training does.
+
+    By the norm, for each kind of numbers: what becomes of a last bit in some steps, or where AdamW divides
+    by the root of almost nothing, is up to the processor's kernels, and no bound on a single number would be
+    right on all of them.
+    """
+    ours, theirs = results(found), results(exact)
+    assert ours.keys() == theirs.keys()
+    for kind, values in theirs.items():
+        error = np.linalg.norm(ours[kind] - values) / max(float(np.linalg.norm(values)), 1e-9)
+        assert error <= 1e-2, f"{kind} is off by {error:.1e} of its norm"
+
+
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("size", "options"),
@@ -60,24 +95,31 @@ def written(folder: Path, content: object) -> str:
 def test_all_lockstep_strategies_agree_over_ten_steps(
     size: int, options: dict[str, Any], ranks: Ranks, tmp_path: Path
 ) -> None:
-    """One seed, one net, one order of the data: losses, weights and optimizer state after ten steps."""
-    logs, ends = {}, {}
-    for strategy in ("ddp", *SPREAD):
-        folder = tmp_path / strategy
-        ranks(saved.train, size, RUN | options | {"strategy": strategy, "output_dir": str(folder)})
-        logs[strategy], ends[strategy] = loss_log(folder), tensors(last(folder))
-    assert logs["ddp"][-1]["global_step"] == 10
-    start = Blueprint(OPTIONS["model"], 10).initial_shared(0)
-    assert max(np.abs(ends["ddp"][name] - value.numpy()).max() for name, value in start.items()) > 5e-3
-    for strategy in SPREAD:
-        for ours, expected in zip(logs[strategy], logs["ddp"], strict=True):
-            for key in ours.keys() & {"train/loss", "eval/loss"}:
-                assert ours[key] == pytest.approx(expected[key], abs=1e-4), (strategy, key)
-        assert ends[strategy].keys() == ends["ddp"].keys()
-        for name, array in ends[strategy].items():
-            np.testing.assert_allclose(
-                array, ends["ddp"][name], rtol=0, atol=1e-4, err_msg=f"{strategy} {name}"
-            )
+    """One seed, one net, one order of the data: losses, weights and optimizer state after ten steps.
+
+    To the last digits in float64, which DeepSpeed does not know.
+    """
+
+    def run(strategy: str, dtype: str) -> Path:
+        folder = tmp_path / f"{strategy}-{dtype}"
+        ways = {"strategy": strategy, "dtype": dtype, "weight_decay": 0.1, "output_dir": str(folder)}
+        ranks(saved.train, size, RUN | options | ways)
+        return folder
+
+    exact = run("ddp", "float64")
+    assert loss_log(exact)[-1]["global_step"] == 10
+    expected, start = tensors(last(exact)), Blueprint(OPTIONS["model"], 10).initial_shared(0)
+    assert max(np.abs(expected[name] - value.numpy()).max() for name, value in start.items()) > 5e-3
+
+    fsdp = run("fsdp", "float64")
+    for kind, values in results(fsdp).items():
+        np.testing.assert_allclose(values, results(exact)[kind], rtol=1e-9, atol=1e-10, err_msg=kind)
+    assert tensors(last(fsdp)).keys() == expected.keys()
+
+    for strategy in ("zero1", "zero2", "zero3"):
+        zero = run(strategy, "float32")
+        assert tensors(last(zero)).keys() == expected.keys()
+        assert_the_same_training(zero, exact)
 
 
 @pytest.mark.ranks
@@ -166,6 +208,7 @@ def test_a_bad_gradient_is_not_dropped_without_a_word(stage: int, ranks: Ranks, 
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("stage", [1, 3])
@@ -179,6 +222,7 @@ def test_nan_in_an_engines_weights_is_never_saved(
     assert found.code == 3 and "met NaN or Inf in round 1" in found.stderr
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize("strategy", SPREAD)
 def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
@@ -200,6 +244,7 @@ def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None
 # DeepSpeed inside ResIST.
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("stage", "size", "options"),
@@ -208,7 +253,12 @@ def test_nan_is_never_saved(strategy: str, ranks: Ranks, tmp_path: Path) -> None
         (0, 2, {"workers": 3, "accumulation_steps": 2, "clip_grad": 0.5, "nesterov": True, "batch_size": 16}),
         (1, 2, {"workers": 3}),
         (1, 2, {"optimizer_state": "reset", "min_blocks": 5}),
-        (1, 2, {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.1, "min_blocks": 5}),
+        (
+            1,
+            2,
+            {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.1, "min_blocks": 5}
+            | {"betas": "0.8,0.99", "eps": 1e-3},
+        ),
         (1, 2, {"offload": "cpu"}),
         (2, 2, {"workers": 3}),
         (3, 2, {"workers": 3}),
@@ -223,9 +273,12 @@ def test_sub_resnets_in_deepspeed_engines_are_the_simulation(
     file = written(tmp_path, {"zero_optimization": {"stage": stage, **offload}})
     three = {"dtype": "float32", "rounds": 3, "local_steps": 1, "eval_every": 0, "deepspeed_config": file}
     rest = {name: value for name, value in options.items() if name != "offload"}
-    assert_agreement(ranks, size, tmp_path, 1e-4 if "optimizer" in options else 1e-5, **three | rest)
+    # The gradient of a norm's bias is a sum of thousands of numbers of both signs, whose parts DeepSpeed adds
+    # in an order of its own: float32 leaves four digits of it.
+    assert_agreement(ranks, size, tmp_path, 1e-4, **three | rest)
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_engines_average_fp32_masters(stage: int, ranks: Ranks, tmp_path: Path) -> None:
@@ -247,16 +300,16 @@ def test_bf16_engines_average_fp32_masters(stage: int, ranks: Ranks, tmp_path: P
     assert 0 < error(deepspeed_config=file) < 2 * error()
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 def test_one_rank_has_engines_too(ranks: Ranks, tmp_path: Path) -> None:
     """Without a launcher, so without any process group: resist in a DeepSpeed engine, zero3 and fsdp."""
     file = written(tmp_path, {"zero_optimization": {"stage": 1}})
     plain = RUN | {"workers": 2, "rounds": 2}
-    ranks(saved.train, 1, plain | {"output_dir": str(tmp_path / "plain")})
-    ranks(saved.train, 1, plain | {"deepspeed_config": file, "output_dir": str(tmp_path / "inside")})
-    expected, ours = tensors(last(tmp_path / "plain")), tensors(last(tmp_path / "inside"))
-    for name, array in ours.items():
-        np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-4, err_msg=name)
+    ways: dict[str, dict[str, Any]] = {"plain": {"dtype": "float64"}, "inside": {"deepspeed_config": file}}
+    for name, options in ways.items():
+        ranks(saved.train, 1, plain | options | {"output_dir": str(tmp_path / name)})
+    assert_the_same_training(tmp_path / "inside", tmp_path / "plain")
     for strategy in ("fsdp", "zero3"):
         options = RUN | {"rounds": 1, "strategy": strategy, "output_dir": str(tmp_path / strategy)}
         ranks(saved.train, 1, options)
@@ -324,19 +377,19 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
             "makes --batch_size 4, and --batch_size is 8",
         ),
         ({"gradient_accumulation_steps": 2}, ["--accumulation_steps=4"], "makes --accumulation_steps 2"),
-        ({"optimizer": {"type": "Lamb"}}, [], "optimizer.type is 'Lamb': write SGD, Adam or AdamW"),
+        ({"optimizer": {"type": "Lamb"}}, [], 'optimizer.type is "Lamb": write SGD, Adam or AdamW'),
         (
             {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}},
             ["--lr=0.2"],
             "optimizer.params.lr makes --lr 0.1",
         ),
         (
-            {"optimizer": {"type": "AdamW", "params": {"eps": 1e-5}}},
+            {"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.99]}}},
             [],
-            "optimizer.params.eps 1e-05 cannot be honoured",
+            "optimizer.params.betas cannot be honoured",
         ),
         ({"optimizer": {"type": "SGD", "params": {"foo": 1}}}, [], "optimizer.params.foo cannot be honoured"),
-        ({"scheduler": {"type": "Cosine"}}, [], "scheduler.type is 'Cosine': write one of WarmupLR"),
+        ({"scheduler": {"type": "Cosine"}}, [], 'scheduler.type is "Cosine": write one of WarmupLR'),
         (
             {"scheduler": {"type": "WarmupLR"}},
             ["--schedule=cosine"],
@@ -345,14 +398,14 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
         ({"fp16": {"enabled": True}}, [], "fp16 cannot be honoured"),
         ({"zero_optimization": {"stage": 4}}, [], "zero_optimization.stage is 4: write 0, 1, 2 or 3"),
         (
-            {"zero_optimization": {"stage": 3, "offload_param": {}}},
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
             [],
-            "zero_optimization.offload_param cannot be",
+            'zero_optimization.offload_param.device "cpu" cannot be honoured: write none',
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             [],
-            "offload_optimizer.device 'nvme'",
+            'offload_optimizer.device "nvme"',
         ),
         ({"zero_optimization": {"stage": 1}}, ["--dtype=float64"], "DeepSpeed computes in float32"),
         (
@@ -361,7 +414,7 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
             "stage is 1, and --strategy zero2 is ZeRO 2",
         ),
         ({"zero_optimization": []}, [], "zero_optimization is []: write an object"),
-        ({"gradient_clipping": "much"}, [], "gradient_clipping is 'much': write a number, or auto"),
+        ({"gradient_clipping": "much"}, [], 'gradient_clipping is "much": write a number, or auto'),
         ({"flops_profiler": {"enabled": True}}, [], "flops_profiler cannot be honoured: leave it out"),
         ([], [], "is no JSON object"),
         (
@@ -370,7 +423,7 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
             "--deepspeed_config is for --strategy resist and zero1 to zero3, not for ddp",
         ),
         ({"bf16": {"enabled": False}}, ["--mixed_precision=bf16"], "bf16.enabled makes --mixed_precision no"),
-        ({"bf16": {"enabled": "false"}}, [], "bf16.enabled is 'false': write true, false or auto"),
+        ({"bf16": {"enabled": "false"}}, [], 'bf16.enabled is "false": write true, false or auto'),
         (
             {"gradient_accumulation_steps": 2.5},
             [],
@@ -379,14 +432,14 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
         (
             {"optimizer": {"type": "SGD", "params": {"nesterov": "no"}}},
             [],
-            "nesterov is 'no': write true, false",
+            'nesterov is "no": write true, false',
         ),
         (
-            {"scheduler": {"type": "WarmupLR", "params": None}},
+            {"scheduler": {"type": "WarmupLR", "params": 5}},
             [],
-            "scheduler.params is None: write an object",
+            "scheduler.params is 5: write an object",
         ),
-        ({"scheduler": {"type": "OneCycle"}}, [], "scheduler.type is 'OneCycle': write one of WarmupLR"),
+        ({"scheduler": {"type": "OneCycle"}}, [], 'scheduler.type is "OneCycle": write one of WarmupLR'),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
             ["--lr_warmup_steps=3"],
@@ -396,13 +449,13 @@ def test_flags_that_say_the_same_are_allowed(tmp_path: Path) -> None:
         (
             {"zero_optimization": {"reduce_bucket_size": "big"}},
             [],
-            "reduce_bucket_size is 'big': write a number",
+            'reduce_bucket_size is "big": write a whole number',
         ),
-        ({"steps_per_print": None}, [], "steps_per_print is None: write a number"),
+        ({"steps_per_print": True}, [], "steps_per_print is true: write a whole number"),
         (
-            {"zero_allow_untested_optimizer": False},
+            {"managed_gradient_accumulation": False},
             [],
-            "zero_allow_untested_optimizer False cannot be honoured",
+            "managed_gradient_accumulation false cannot be honoured: it is true here",
         ),
         (
             {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
@@ -488,6 +541,102 @@ def test_a_total_batch_that_the_ranks_do_not_make(ranks: Ranks, tmp_path: Path) 
     first, second = ranks(outcome, 2, tmp_path, options)
     assert (first.code, second) == (2, (2, ""))
     assert "train_batch_size is 64, and 2 × --batch_size 8 is 16: leave it out" in first.stderr
+
+
+def defaults(model: Any) -> dict[str, Any]:
+    """A section of a DeepSpeed file in which every field stands as DeepSpeed has it anyway."""
+    fields = model.model_fields.items()  # leaf_module's default is a list of classes in transformers
+    found = {f.alias or n: f.get_default(call_default_factory=True) for n, f in fields if n != "leaf_module"}
+    return dict(json.loads(json.dumps(found)))
+
+
+def test_deepspeeds_own_defaults_ask_for_nothing(tmp_path: Path) -> None:
+    """What we know of its fields (their names, types, limits and defaults) is what the installed one says."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.monitor import config as monitor
+    from deepspeed.runtime import constants, precision_config
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT, ACT_CHKPT_DEFAULT
+    from deepspeed.runtime.config import HybridEngineConfig
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.runtime.zero import offload_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert constants.GRADIENT_CLIPPING_DEFAULT == 1.0  # always given by us, who clip only where asked to
+    decided = {constants.GRADIENT_CLIPPING}
+    names = [name.removesuffix("_DEFAULT") for name in vars(constants) if name.endswith("_DEFAULT")]
+    names = [name for name in names if hasattr(constants, name)]
+    top = {getattr(constants, name): getattr(constants, f"{name}_DEFAULT") for name in names}
+    inner = ("FP16_", "BFLOAT16_", "TORCH_AUTOCAST_", "CHECKPOINT_", "LEGACY_FUSION", "KEEP_IN_FP32")
+    inside = {getattr(constants, name) for name in names if name.startswith(inner)}
+    file: dict[str, Any] = {name: value for name, value in top.items() if name not in inside | decided}
+    assert len(file) > 15
+    offload = defaults(offload_config.DeepSpeedZeroOffloadOptimizerConfig)
+    zero = defaults(DeepSpeedZeroConfig) | {
+        "stage": 3,
+        "offload_param": defaults(offload_config.DeepSpeedZeroOffloadParamConfig),
+        "offload_optimizer": offload | {"device": "cpu"},
+    }
+    file |= {
+        "zero_optimization": zero,
+        "aio": AIO_DEFAULT_DICT,
+        "bf16": defaults(precision_config.DeepSpeedBF16Config),
+        "comet": defaults(monitor.CometConfig),
+        "comms_logger": defaults(CommsLoggerConfig),
+        "compile": defaults(CompileConfig),
+        "csv_monitor": defaults(monitor.CSVConfig),
+        "fp16": defaults(precision_config.DeepSpeedFP16Config),
+        "hybrid_engine": defaults(HybridEngineConfig),
+        "tensorboard": defaults(monitor.TensorBoardConfig),
+        "wandb": defaults(monitor.WandbConfig),
+        ACT_CHKPT: ACT_CHKPT_DEFAULT,
+    }
+    named = written(tmp_path, file)
+    config = parse(["--deepspeed_config", named])
+    assert config == Config(deepspeed_config=named, mixed_precision="no")
+    given = DeepSpeedZeroConfig(**deepspeed_options.engine_options(config, 1)["zero_optimization"])
+    for name, (kind, least) in ZERO_PASSED_ON.items():
+        field = next(f for n, f in DeepSpeedZeroConfig.model_fields.items() if name in (n, f.alias))
+        assert kind in (field.annotation, *typing.get_args(field.annotation)), name
+        limits = [m.ge if hasattr(m, "ge") else m.gt + 1 for m in field.metadata]
+        assert limits in ([least], []), name
+    assert given.stage == 3 and given.offload_optimizer.device == "cpu" and given.reduce_bucket_size == 5e8
+
+
+@pytest.mark.ranks
+def test_hugging_faces_template_trains_at_one_rate(ranks: Ranks, tmp_path: Path) -> None:
+    """ "auto" throughout, and no warm-up typed: there is none."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
+    content = {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto"}},
+        "scheduler": scheduler,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+        "train_batch_size": "auto",
+    }
+    options = RUN | {"workers": 1, "rounds": 1, "optimizer": "adamw", "lr": 1e-3, "schedule": "deepspeed"}
+    options |= {"deepspeed_config": written(tmp_path, content), "output_dir": str(tmp_path / "r")}
+    ranks(saved.train, 1, options)
+    assert [line["lr"] for line in loss_log(tmp_path / "r") if line["kind"] == "round"] == [1e-3]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("WarmupLR", [1.0] * 6),
+        ("WarmupDecayLR", [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        # half a cosine over 4 steps, of which DeepSpeed leaves out the first
+        ("WarmupCosineLR", [0.5 + 0.5 * math.cos(math.pi * i / 4) for i in (1, 1, 2, 3, 4, 4)]),
+    ],
+)
+def test_a_scheduler_without_warm_up_starts_at_the_top(name: str, expected: list[float]) -> None:
+    config = Config(lr=0.5)
+    params = dict.fromkeys(("warmup_num_steps", "warmup_type"), "auto")
+    total = {} if name == "WarmupLR" else {"total_num_steps": "auto"}
+    lowest = {"cos_min_ratio": 0} if name == "WarmupCosineLR" else {}
+    found = deepspeed_options.resolved({"type": name, "params": params | total | lowest}, config, steps=4)
+    rate = deepspeed_schedule(found["type"], found["params"], config.lr)
+    top = 0.5 if name != "WarmupDecayLR" else 0.001  # DeepSpeed's own, where the file says none
+    assert [rate(step) / top for step in range(6)] == pytest.approx(expected)
 
 
 def test_deepspeeds_schedulers_give_the_rates() -> None:
@@ -576,6 +725,7 @@ def depth_run(comm: Comm, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 def test_stochastic_depth_runs_k_random_blocks_a_step(ranks: Ranks, tmp_path: Path) -> None:
     options = RUN | {"strategy": "stochastic_depth", "min_blocks": 3, "output_dir": str(tmp_path / "whole")}
@@ -592,9 +742,7 @@ def test_stochastic_depth_runs_k_random_blocks_a_step(ranks: Ranks, tmp_path: Pa
     place = {"output_dir": str(tmp_path / "run"), "activation_checkpointing": True}
     ranks(saved.train, 1, options | place | {"rounds": 3})
     ranks(saved.train, 1, options | place | {"resume": "auto", "override": "rounds"})
-    whole, run = tensors(last(tmp_path / "whole")), tensors(last(tmp_path / "run"))
-    for name, array in run.items():
-        np.testing.assert_allclose(array, whole[name], rtol=0, atol=1e-5, err_msg=name)
+    assert digest(last(tmp_path / "run")) == digest(last(tmp_path / "whole"))
 
 
 @pytest.mark.ranks

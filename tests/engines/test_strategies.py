@@ -29,6 +29,7 @@ def test_local_sgd_is_resist_with_the_whole_pool_for_everyone(ranks: Ranks, tmp_
     assert json.loads((last(tmp_path / "local_sgd") / "state.json").read_text())["test_scale"] == 1
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     "options",
     [
@@ -134,6 +135,7 @@ def test_a_rank_that_fails_between_two_averages_says_so_itself(
         assert stderr.count("\n") == 1
 
 
+@pytest.mark.numerical
 def test_nan_reaches_all_ranks_of_ddp_at_once(ranks: Ranks, tmp_path: Path) -> None:
     options = {"strategy": "ddp", "workers": None, "lr": 1e30, "output_dir": str(tmp_path / "run")}
     first, second = ranks(outcome, 2, tmp_path, options)

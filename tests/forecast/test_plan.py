@@ -100,6 +100,7 @@ def steps(subnet: Subnet, config: Config, img_size: int, number: int = 2, comm: 
     local_steps(engine, iter([(x, y)] * number), rates=[0.1] * number)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     ("model", "slots", "device", "options"),
     [
@@ -115,7 +116,7 @@ def steps(subnet: Subnet, config: Config, img_size: int, number: int = 2, comm: 
     ],
 )
 def test_the_peak_of_a_step_is_that_of_real_local_steps(
-    model: str, slots: int | None, device: Device, options: dict[str, Any], one_thread: None
+    model: str, slots: int | None, device: Device, options: dict[str, Any], fixed_threads: None
 ) -> None:
     """On tensors in host memory; `cuda` means here that SGD updates all tensors at once."""
     config = Config(**{"model": model, "batch_size": 8, "mixed_precision": "no", **options})

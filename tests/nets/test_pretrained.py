@@ -85,13 +85,17 @@ FORMS: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "the tutorial's": (lambda s: {"model_state_dict": s, "loss": 0.5}, "model_state_dict is what is read"),
     "one of a kind": (lambda s: {"net": s, "rng": torch.ones(3)}, "net is what is read"),
+    "beside a model's name": (
+        lambda s: {"model": {"name": "resnet"}, "weights": {"best": s}},
+        "weights.best is what is read",
+    ),
     "wrapped twice": (lambda s: {"model": {"state_dict": s}}, "model.state_dict is what is read"),
     "ddp": (lambda s: prefixed(s, "module."), "module. is taken off the names"),
     "compiled": (lambda s: prefixed(s, "_orig_mod."), "_orig_mod. is taken off the names"),
     "compiled ddp": (lambda s: prefixed(s, "_orig_mod.module."), "_orig_mod.module. is taken off the names"),
     "a trainer's": (
         lambda s: {"state_dict": prefixed(s, "model.") | {"loss.weight": torch.ones(3)}},
-        "state_dict is what is read, model. is taken off the names, 1 other tensors are left out",
+        "state_dict is what is read, model. is taken off the names, 1 other tensor is left out",
     ),
     "a ddp trainer's": (
         lambda s: prefixed(s, "module.backbone."),
@@ -315,7 +319,7 @@ def test_nan_in_a_file_is_named_at_once(
     value: float, state: State, blueprint: Blueprint, tmp_path: Path
 ) -> None:
     """In whatever tensor it is that training would start from; in one that it does not, it does no harm."""
-    for name in ("conv1.weight", "layer3.2.bn1.bias"):
+    for name in ("conv1.0.weight", "layer3.2.bn1.bias"):
         spoilt = {n: t.clone() for n, t in state.items()}
         spoilt[name].view(-1)[-1] = value
         torch.save(prefixed(spoilt, "module."), tmp_path / "net.pth")
@@ -330,8 +334,10 @@ def test_nan_in_a_file_is_named_at_once(
 
 
 def test_weights_that_are_whole_numbers(state: State, blueprint: Blueprint, tmp_path: Path) -> None:
-    torch.save(state | {"conv1.weight": state["conv1.weight"].to(torch.int8)}, tmp_path / "net.pth")
-    with pytest.raises(UserError, match=r"conv1\.weight is of torch\.int8, and weights are plain floating"):
+    torch.save(state | {"conv1.0.weight": state["conv1.0.weight"].to(torch.int8)}, tmp_path / "net.pth")
+    with pytest.raises(
+        UserError, match=r"conv1\.0\.weight is of torch\.int8, and weights are plain floating"
+    ):
         read(tmp_path / "net.pth", blueprint)
 
 
@@ -347,14 +353,14 @@ def test_a_file_of_another_model(state: State, blueprint: Blueprint, tmp_path: P
 
     foreign = {name: torch.zeros(shape) for name, shape in small.shapes.items()}
     assert said(prefixed(foreign, "module.")) == (
-        ": conv1.weight is missing, and the model has [4, 3, 7, 7]; "
+        ": conv1.0.weight is missing, and the model has [4, 3, 3, 3]; "
         "its tensors are those of --model preact_resnet_small"
     )
     assert said({n: t for n, t in state.items() if n != "layer3.2.conv1.weight"}) == (
         ": layer3.2.conv1.weight is missing, and the model has [16, 16, 3, 3]"
     )
-    assert said(state | {"conv1.weight": torch.zeros(4, 1, 7, 7)}) == (
-        ": conv1.weight is [4, 1, 7, 7], and the model has [4, 3, 7, 7]"
+    assert said(state | {"conv1.0.weight": torch.zeros(4, 1, 3, 3)}) == (
+        ": conv1.0.weight is [4, 1, 3, 3], and the model has [4, 3, 3, 3]"
     )
     assert said(state | {"extra.weight": torch.zeros(1)}) == ", which has no extra.weight"
     torch.save(prefixed(state, "encoder_q.") | prefixed(state, "encoder_k."), path)
@@ -435,7 +441,8 @@ def test_a_register_of_ones_own(cache: Path, monkeypatch: pytest.MonkeyPatch, tm
     put(cache, "me/net", "best.pth", revision="main")
     with pytest.raises(UserError, match="are not in"):
         timm_weights.find("net")
-    assert timm_weights.find("net") == put(cache, "me/net", "best.pth", revision="v2")
+    path = put(cache, "me/net", "best.pth", revision="v2")
+    assert timm_weights.find("net") == path
     source = PretrainedCfg(file=str(tmp_path / "mine.pth"))
     assert timm_weights.find("net") == tmp_path / "mine.pth"
 

@@ -32,7 +32,7 @@ OPTIMIZERS = {
 STATES = {"plain": (), "adamw": ("exp_avg", "exp_avg_sq", "step")}  # the others: ("momentum_buffer",)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("fixed_threads"), pytest.mark.numerical]
 
 
 def options(**given):

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +92,9 @@ def test_argv_defaults_to_the_process(monkeypatch):
         ("--augment False --compile=True", {"augment": False, "compile": True}),
         ("--log_with None", {"log_with": "none"}),
         ("--output_dir None", {"output_dir": "None"}),  # any text is a folder
+        ("--optimizer adamw --betas 0.8,.99 --eps 1e-6", dict(optimizer="adamw", betas="0.8,0.99", eps=1e-6)),
+        ("--betas [0.90,0.999]", {}),
+        ("--betas=(.9,.999)", {}),
     ],
 )  # fmt: skip
 def test_command_line(line, expected):
@@ -120,6 +122,8 @@ def test_numbers_have_the_declared_type():
         ("# only a comment\n", {}),
         ("---\nlr: 2 # why\n", {"lr": 2.0}),
         ("{lr: 2, rounds: 1}", {"lr": 2.0, "rounds": 1}),
+        ("optimizer: adamw\nbetas: [0.8, 0.99]", {"optimizer": "adamw", "betas": "0.8,0.99"}),
+        ("override: [lr, epochs]", {"override": "lr,epochs"}),
     ],
 )
 def test_yaml(text, expected):
@@ -236,6 +240,13 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
         ("--download --dataset imagenet --data_dir x", "--download cannot fetch imagenet"),
         ("--dtype float64 --mixed_precision fp16", "type --mixed_precision no"),
         ("--warmup_rounds 3 --rounds 2", "type at most 2"),
+        ("--betas 0.9", "--betas is '0.9': type two numbers, at least 0 and below 1, such as 0.9,0.999"),
+        ("--betas 0.9,0.99,0.999", "--betas is '0.9,0.99,0.999': type two numbers"),
+        ("--betas 0.9,1", "--betas is '0.9,1': type two numbers"),
+        ("--betas 0.9,nan", "--betas is '0.9,nan': type two numbers"),
+        ("--betas 0.9,much", "--betas is '0.9,much': type two numbers"),
+        ("--betas 0.8,0.99", "--betas is for --optimizer adamw: leave it out, or type that"),
+        ("--eps 1e-6", "--eps is for --optimizer adamw: leave it out, or type that"),
         ("--model=", "--model is empty"),
         ("--output_dir=", "--output_dir is empty"),
         (f"--seed {'9' * 5000}", "--seed is"),
@@ -250,7 +261,7 @@ LEAST = dict(
     warmup_rounds=0, transit_mib=1, batch_size=1, accumulation_steps=1, rounds=1, lr=0, momentum=0,
     weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0, eval_every=0,
     eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0, checkpoint_minutes=0,
-    keep=1, grace=0, seed=0,
+    keep=1, grace=0, seed=0, eps=0,
 )  # fmt: skip
 
 
@@ -258,7 +269,8 @@ def test_every_number_has_its_limit():
     numbers = {f.name for f in dataclasses.fields(Config) if str(f.type).split(" |")[0] in ("int", "float")}
     assert numbers == {*LEAST, "epochs"}
     for name, least in LEAST.items():
-        assert getattr(Config(**{name: least}), name) == least
+        kind = {"optimizer": "adamw"} if name == "eps" else {}
+        assert getattr(Config(**{name: least}, **kind), name) == least
         for wrong in (least - 1, math.nan, math.inf, -math.inf):
             with pytest.raises(UserError, match=f"^--{name} is .*: type a finite number, at least {least}"):
                 Config(**{name: wrong})
@@ -365,19 +377,19 @@ def test_help_tells_every_option(capsys):
 
 
 def test_help_is_quick_and_loads_no_torch():
+    """What takes long are these imports; how long it takes otherwise, 0.2 s here, is the machine's affair."""
+    slow = {"torch", "torchvision", "timm", "numpy", "sklearn", "accelerate", "deepspeed", "wandb"}
     code = (
         "import atexit, sys\n"
-        "atexit.register(lambda: print([m for m in ('torch', 'timm', 'numpy') if m in sys.modules]))\n"
+        f"atexit.register(lambda: print(sorted({slow!r} & sys.modules.keys())))\n"
         "from resist_ds.options.command_line import parse\n"
         "parse(['--help'])"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: train.py") and done.stdout.rstrip().endswith("[]")
-    assert time.perf_counter() - start < 10  # 0.2 s on an idle machine; torch alone would take 2
 
 
 @pytest.mark.parametrize("name", ["demo", "cifar10", "cifar100", "imagenet"])

@@ -27,7 +27,7 @@ from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation, moments
 from resist_ds.protocol.partition import Layout, sample_partition
 from resist_ds.trainer import Trainer
-from tests import oracle
+from tests import THREADS, oracle
 from tests.conftest import run_ranks
 
 PREACT = "preact_resnet_small"
@@ -37,7 +37,7 @@ WORKERS, TESTS, CALIBRATION, BATCH = 5, 150, 90, 24
 RANKS = (1, 2, 4)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("fixed_threads"), pytest.mark.numerical]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def blueprint(model):
 
 def options(**given):
     fixed = dict(dataset="synthetic", img_size=16, model=PREACT, mixed_precision="no", log_with="none")
-    fixed |= dict(progress=False, cpu_threads=1, batch_size=BATCH, calibration_samples=CALIBRATION)
+    fixed |= dict(progress=False, cpu_threads=THREADS, batch_size=BATCH, calibration_samples=CALIBRATION)
     return Config(**fixed | given)
 
 
@@ -238,6 +238,17 @@ def assert_same_statistics(one, two):
         np.testing.assert_array_equal(one[name][1], two[name][1], err_msg=name)
 
 
+def off(logits, exact):
+    """By how much, by the norm, of what distinguishes the images."""
+    return np.linalg.norm(logits - exact) / np.linalg.norm(exact - exact.mean(0))
+
+
+def assert_no_tie(logits):
+    """Or the last bits of float32 would choose between two classes: then predictions need not agree."""
+    second, first = np.sort(np.stack(logits), axis=1).T[-2:]
+    assert (first - second).min() > 1e-5
+
+
 # --- whatever the machine and the order
 
 
@@ -270,6 +281,7 @@ def test_chunks_and_prefetching_change_no_bit(runs, size, one, other):
 )
 def test_order_and_batch_size_change_no_prediction(runs, size, scenario):
     plain, found = runs[size][0]["plain"], runs[size][0][scenario]
+    assert_no_tie([*plain.logits.values()])
     assert found.loss == pytest.approx(plain.loss, abs=1e-6)
     assert found.accuracy == plain.accuracy
     assert predictions(runs, size, scenario) == predictions(runs, size, "plain")
@@ -354,15 +366,16 @@ def test_the_result_is_that_of_a_plain_scaled_model(alone, model, dtype, toleran
     config = options(model=model, dtype=dtype)
     found = evaluate(alone, config, tests=60)
     logits, statistics, loss, accuracy = reference(model, scale_of(model), tests=60)
-    assert found.loss == pytest.approx(loss, rel=tolerance)
+    ours = np.stack([found.logits[i] for i in range(60)])
+    assert off(ours, logits.numpy()) < 10 * tolerance
+    assert abs(found.loss - loss) <= 2 * np.abs(ours - logits.numpy()).max() + 1e-12  # whatever the logits
+    assert_no_tie(logits.numpy())
     assert found.accuracy == accuracy
     assert found.statistics.keys() == statistics.keys()
     loose = 10 * tolerance
     for name, (mean, variance) in statistics.items():
         np.testing.assert_allclose(found.statistics[name][0], mean, rtol=loose, atol=loose, err_msg=name)
         np.testing.assert_allclose(found.statistics[name][1], variance, rtol=loose, atol=loose, err_msg=name)
-    for i, row in found.logits.items():
-        np.testing.assert_allclose(row, logits[i], rtol=10 * loose, atol=10 * loose)
     # It is a test of the scale only if the scale makes a difference, and of the norms if they differ.
     assert abs(reference(model, 1.0, tests=60)[2] - loss) > 1e-2
     assert 0.02 < logits.std() < 10
@@ -412,8 +425,7 @@ def test_mixed_precision_is_a_rounded_evaluation_of_every_block(alone, scenario)
     given, rest = SCENARIOS[scenario]
     found, exact = (evaluate(alone, options(**g), tests=60, **rest) for g in (given, {}))
     logits, expected = (np.stack([f.logits[i] for i in range(60)]) for f in (found, exact))
-    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected - expected.mean(0))
-    assert 1e-5 < error < 0.1
+    assert 1e-5 < off(logits, expected) < 0.1
     assert found.loss == pytest.approx(exact.loss, rel=0.01)
 
 
@@ -437,8 +449,7 @@ def test_exported_weights_give_the_same_logits_in_stock_timm(alone, model):
     ((images, _),) = data.test_batches([np.arange(60)], torch.device("cpu"), torch.float32, False)
     with torch.no_grad():
         logits = net.eval()(images)
-    for i, row in found.logits.items():
-        np.testing.assert_allclose(row, logits[i], rtol=0, atol=1e-5)
+    assert off(np.stack([found.logits[i] for i in range(60)]), logits.numpy()) < 1e-5
 
 
 def test_a_scale_of_one_is_the_whole_model(alone):

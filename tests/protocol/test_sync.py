@@ -24,7 +24,7 @@ from resist_ds.protocol.partition import Layout, Partition, chunk_bounds, elemen
 from resist_ds.protocol.sync import Synchroniser
 from resist_ds.telemetry.records import Telemetry
 from resist_ds.trainer import Trainer
-from tests import oracle  # registers the narrow nets
+from tests import THREADS, oracle  # registers the narrow nets
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -42,7 +42,7 @@ BASE: dict[str, Any] = {
     "calibration_samples": 16,
     "log_with": "none",
     "progress": False,
-    "cpu_threads": 1,
+    "cpu_threads": THREADS,
 }
 
 
@@ -319,6 +319,7 @@ def test_a_synchronisation_is_means_over_holders_brought_to_the_next_ones(s: Sit
         assert comm.most <= max(s.budget, itemsize * book.block), "more in transit than the budget"
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("holders", [3, 5, 7])
 def test_means_of_equal_values_keep_every_bit(holders: int) -> None:
     words = np.random.default_rng(holders).integers(0, 2**32, 20_000, np.uint64).astype(np.uint32)
@@ -364,6 +365,7 @@ def same_everywhere(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+@pytest.mark.numerical
 @pytest.mark.ranks
 def test_the_same_bits_on_any_number_of_ranks(ranks: Any, tmp_path: Path) -> None:
     options = {"workers": 6, "rounds": 3, "local_steps": 2, "eval_every": 2}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import ROOT
 from tests.conftest import _CONTEXT
@@ -56,6 +57,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "wrong.yaml").write_text("lr: 0.1\nworker: 3\n")
     (place / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (place / "spoilt" / "checkpoints" / "round-000002").mkdir(parents=True)
+    (place / "twice.json").write_text('{"steps_per_print": Infinity, "bf16": {}, "bf16": {}}')
+    (place / "on.json").write_text(
+        '{"amp": {"enabled": true}, "dump_state": false, "fp16": {"enabled": true}}'
+    )
+    for folder in ("one/train/cat", "one/val/cat", "grey/train/cat", "grey/val/cat"):
+        (place / folder).mkdir(parents=True)
+        Image.new("F", (8, 8)).save(place / folder / "0.tiff")
+    for folder in ("grey/train/dog", "grey/val/dog"):
+        (place / folder).mkdir()
+        Image.new("L", (8, 8)).save(place / folder / "0.png")
     code, _, stderr = call(["train.py", *TINY.split(), "--output_dir", "run"], place)
     assert (code, stderr) == (0, "")
     return place
@@ -101,6 +112,6 @@ def test_help_has_every_group_and_fits_a_terminal(place: Path) -> None:
         "Run",
     ]
     assert max(map(len, stdout.splitlines())) <= 80
-    for tool in ("bench", "export", "plan", "plot", "study", "verify"):
+    for tool in ("bench", "check_data", "export", "plan", "plot", "study", "verify"):
         code, stdout, stderr = call([f"tools/{tool}.py", "--help"], place)
         assert (code, stderr) == (0, "") and "usage: " in stdout, tool

@@ -96,6 +96,7 @@ def logits_of(net: nn.Module) -> np.ndarray:
     return net.eval()(images).numpy()
 
 
+@pytest.mark.numerical
 def test_the_export_in_stock_timm_is_the_model_that_was_tested(trained: Any, tmp_path: Path) -> None:
     model, checkpoint, logits = trained
     assert export(Checkpoint.verified(checkpoint), tmp_path / "net.safetensors") == ()
@@ -112,6 +113,7 @@ def test_the_export_in_stock_timm_is_the_model_that_was_tested(trained: Any, tmp
     assert np.abs(logits_of(net) - logits).max() > 1e-3
 
 
+@pytest.mark.numerical
 def test_folding_changes_the_ends_of_the_branches_alone(trained: Any, tmp_path: Path) -> None:
     model, checkpoint, _ = trained
     export(Checkpoint.verified(checkpoint), tmp_path / "net.safetensors")
@@ -148,6 +150,7 @@ def start(comm: Comm, options: dict[str, Any]) -> dict[str, dict[str, np.ndarray
     return oracle.arrays(owned)
 
 
+@pytest.mark.numerical
 def test_the_global_model_that_training_starts_from_is_the_one_in_the_file(
     trained: Any, tmp_path: Path, ranks: Ranks
 ) -> None:

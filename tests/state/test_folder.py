@@ -155,11 +155,17 @@ def test_folder_that_cannot_be_made(below: str, reason: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["run.lock", "run.json"])
 def test_folder_that_cannot_be_written_to(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
+    first = RunFolder(str(tmp_path))
     with pytest.raises(UserError) as caught:
-        RunFolder(str(tmp_path)).take()
+        first.take()
     assert str(caught.value) == (
         f"--output_dir {tmp_path} cannot be written to (Is a directory): type another folder"
     )
+    if name == "run.json":  # a process that goes on must not keep it
+        (tmp_path / name).rmdir()
+        again = RunFolder(str(tmp_path))
+        again.take()
+        again.release()
 
 
 def test_set_aside_moves_records_and_checkpoints(tmp_path: Path) -> None:
@@ -214,6 +220,11 @@ def test_holds_tells_its_own_checkpoints_from_others(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     assert folder.holds(tmp_path / "run" / "checkpoints" / "round-000001")
     assert folder.holds(tmp_path / "link" / "checkpoints" / "round-000001")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoints" / "round-000002").symlink_to(tmp_path / "elsewhere")
+    assert folder.holds(tmp_path / "run" / "checkpoints" / "round-000002")
+    (tmp_path / "latest").symlink_to(tmp_path / "run" / "checkpoints" / "round-000001")
+    assert folder.holds(tmp_path / "latest")
     assert not folder.holds(tmp_path / "run" / "earlier-1" / "checkpoints" / "round-000001")
 
 
