@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import clean_state_dict
 from torch import Tensor
 
 from resist_ds.errors import RunError, UserError
@@ -58,6 +57,8 @@ class Weights:
         self._read: Callable[[str], Tensor]
         kind = _kind(path)
         shapes = self._open_safetensors() if kind == "safetensors" else self._load(whole=kind == "pickle")
+        from timm.models import clean_state_dict  # which imports all of timm's nets
+
         self._stored: dict[str, str] = clean_state_dict({name: name for name in shapes})
         self.shapes = {name: shapes[stored] for name, stored in self._stored.items()}
         self._say_prefixes({stored.removesuffix(name) for name, stored in self._stored.items()} - {""})
