@@ -267,7 +267,7 @@ def train_each(comm: Comm, options: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("workers", [3, 4])
 def test_bytes_are_those_of_the_ledger(workers: int, ranks: Ranks, tmp_path: Path) -> None:
     state = {strategy: "reset" if strategy == "resist" and workers == 3 else "travel" for strategy in COUNTED}
     seldom = {"eval_every": 0, "checkpoint_every": 0, "rounds": 20, "local_steps": 2, "workers": workers}
