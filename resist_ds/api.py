@@ -34,8 +34,9 @@ from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation
 from resist_ds.protocol.global_model import GlobalModel
 from resist_ds.protocol.partition import Layout
-from resist_ds.state.checkpoint import config_to_keep, folder_name
+from resist_ds.state.checkpoint import folder_name
 from resist_ds.state.folder import RunFolder
+from resist_ds.state.run_state import config_to_keep
 from resist_ds.state.start import Start
 
 OPTIONS = (  # those of train.py that mean something without its loop

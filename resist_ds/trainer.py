@@ -32,9 +32,10 @@ from resist_ds.protocol.evaluate import Evaluation, Result
 from resist_ds.protocol.global_model import GlobalModel
 from resist_ds.protocol.partition import Layout
 from resist_ds.signals import Signals
-from resist_ds.state.checkpoint import config_to_keep, folder_name
+from resist_ds.state.checkpoint import folder_name
 from resist_ds.state.folder import RunFolder
 from resist_ds.state.policy import SavingPolicy
+from resist_ds.state.run_state import config_to_keep
 from resist_ds.state.saver import Saved
 from resist_ds.state.start import Start
 from resist_ds.telemetry import report

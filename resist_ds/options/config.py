@@ -11,41 +11,16 @@ import difflib
 import math
 import os
 import typing
-from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from typing import Any, Literal
 
 from resist_ds.errors import UserError
 from resist_ds.options.deepspeed_file import DeepSpeedFile
 from resist_ds.options.json_file import joined
+from resist_ds.options.option import option
 from resist_ds.options.strategy import STRATEGIES, Strategy
 
-T = TypeVar("T")
-
 TIMM = "timm"  # of --from_pretrained: timm's own weights
-
-
-def _option(
-    default: T | Callable[[], T],
-    doc: str,
-    *,
-    low: float = 0,
-    below: float = math.inf,
-    group: str = "",
-    free: bool = False,
-    null: str | None = None,
-    many: bool = False,
-) -> T:
-    """A field and its help. A number must lie in [low, below); `group` opens a section of `--help`.
-
-    `free`: it does not shape what is trained, so a resumed run may have another value.
-    `null`: what a null means to an option that has none in its type, as the None of a sweep: nothing of it.
-    `many`: a text of values that are joined by commas, which may be a list in a YAML file.
-    """
-    metadata = dict(doc=doc, low=low, below=below, group=group, free=free, null=null, many=many)
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def _precision_of_launcher() -> Any:
@@ -57,47 +32,47 @@ def _precision_of_launcher() -> Any:
 class Config:
     """All options of a run, checked. Raises `UserError` with one line where a value cannot be meant."""
 
-    model: str = _option(
+    model: str = option(
         "preact_resnet_small",
         "A ResNet of timm (resnetv2_{18,34,50,101,152}, resnet{50,101,152}) or one of the paper's CIFAR nets "
         "(preact_resnet_small, preact_resnet{101,152,200}).",
         group="Model",
     )
-    num_classes: int | None = _option(None, "Outputs of the classifier; null: the data set's.", low=1)
-    from_pretrained: str | None = _option(
+    num_classes: int | None = option(None, "Outputs of the classifier; null: the data set's.", low=1)
+    from_pretrained: str | None = option(
         None,
         "Weights to start from: a safetensors or .pth file of plain tensors by timm's names, or timm: its "
         "own of that model, from its cache. A head of another size starts anew.",
         free=True,
     )
 
-    dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic"] = _option(
+    dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic"] = option(
         "digits",
         "digits comes with a package; imagenet, imagefolder: train/ and val/ (or test/) of class folders.",
         group="Data",
     )
-    data_dir: str | None = _option(
+    data_dir: str | None = option(
         None, "Folder of the data set; required by all but digits and synthetic.", free=True
     )
-    download: bool = _option(
+    download: bool = option(
         False, "Allow fetching cifar10 or cifar100 into data_dir, and timm's weights.", free=True
     )
-    img_size: int | None = _option(
+    img_size: int | None = option(
         None, "Side of the square images in pixels; null: 224 for imagenet and imagefolder, else 32.", low=1
     )
-    augment: bool = _option(True, "Random crop, and horizontal flip where the data set allows it.")
-    data_workers: int = _option(
+    augment: bool = option(True, "Random crop, and horizontal flip where the data set allows it.")
+    data_workers: int = option(
         4, "Processes per rank that decode image folders which do not fit in memory.", free=True
     )
-    on_bad_image: Literal["stop", "skip"] = _option(
+    on_bad_image: Literal["stop", "skip"] = option(
         "stop",
         "An image that cannot be read ends the run when its round is saved, or its neighbour stands in.",
         free=True,
     )
-    cache_mib: int = _option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
+    cache_mib: int = option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
 
     strategy: Literal["resist", "local_sgd", "stochastic_depth", "ddp", "fsdp", "zero1", "zero2", "zero3"] = (
-        _option(
+        option(
             "resist",
             "resist, or a baseline: local_sgd (the full net on every worker, averaged after each round), "
             "stochastic_depth (one worker, of whose pool min_blocks random blocks run in a step), ddp, "
@@ -105,145 +80,141 @@ class Config:
             group="Protocol",
         )
     )
-    deepspeed_config: str | None = _option(
+    deepspeed_config: str | None = option(
         None,
         "DeepSpeed's JSON file. With resist: each sub-ResNet in an engine of its own; null with zero1-3: "
         "ds_configs/zero1.json and so on.",
         free=True,
     )
-    workers: int | None = _option(
+    workers: int | None = option(
         None,
         "W, the number of sub-ResNets; null: one per rank, or 4 on one rank.",
         low=1,
         free=True,
     )
-    local_steps: int = _option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
-    min_blocks: int = _option(0, "Every sub-ResNet holds at least so many pool blocks.", null="0")
-    warmup_rounds: int = _option(
+    local_steps: int = option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
+    min_blocks: int = option(0, "Every sub-ResNet holds at least so many pool blocks.", null="0")
+    warmup_rounds: int = option(
         0,
         "First rounds done as local SGD. In these each worker holds the FULL model, with its memory.",
         null="0",
     )
-    optimizer_state: Literal["travel", "reset"] = _option(
+    optimizer_state: Literal["travel", "reset"] = option(
         "travel", "Momentum travels with its block and is averaged like it, or starts anew every round."
     )
-    transit_mib: int = _option(
+    transit_mib: int = option(
         64,
         "Device memory (MiB) for blocks on their way in a synchronisation; one block at least.",
         low=1,
         free=True,
     )
 
-    batch_size: int = _option(128, "Images per worker and local step.", group="Training", low=1)
-    accumulation_steps: int = _option(1, "Equal micro-batches that a local step's batch is cut into.", low=1)
-    epochs: float = _option(
+    batch_size: int = option(128, "Images per worker and local step.", group="Training", low=1)
+    accumulation_steps: int = option(1, "Equal micro-batches that a local step's batch is cut into.", low=1)
+    epochs: float = option(
         160.0, "Passes over the training set by all workers together, rounded up to whole rounds."
     )
-    rounds: int | None = _option(None, "Number of rounds; wins over epochs.", low=1)
-    optimizer: Literal["sgd", "adamw"] = _option("sgd", "Optimizer of the local steps.")
-    lr: float = _option(0.01, "Peak learning rate.")
-    momentum: float = _option(0.9, "Momentum of SGD.", below=1)
-    nesterov: bool = _option(False, "Nesterov's form of the momentum (SGD).")
-    betas: str = _option("0.9,0.999", "AdamW's two decay rates, joined by a comma.", many=True)
-    eps: float = _option(1e-8, "AdamW's term that keeps a division from being one by zero.")
-    weight_decay: float = _option(5e-4, "Weight decay, on every parameter as in the paper.")
-    label_smoothing: float = _option(0.0, "Label smoothing of the training loss.", below=1, null="0")
-    clip_grad: float = _option(
-        0.0, "Largest gradient norm of a sub-ResNet; 0 or null: no clipping.", null="0"
-    )
-    schedule: Literal["step", "cosine", "constant", "deepspeed"] = _option(
+    rounds: int | None = option(None, "Number of rounds; wins over epochs.", low=1)
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer of the local steps.")
+    lr: float = option(0.01, "Peak learning rate.")
+    momentum: float = option(0.9, "Momentum of SGD.", below=1)
+    nesterov: bool = option(False, "Nesterov's form of the momentum (SGD).")
+    betas: str = option("0.9,0.999", "AdamW's two decay rates, joined by a comma.", many=True)
+    eps: float = option(1e-8, "AdamW's term that keeps a division from being one by zero.")
+    weight_decay: float = option(5e-4, "Weight decay, on every parameter as in the paper.")
+    label_smoothing: float = option(0.0, "Label smoothing of the training loss.", below=1, null="0")
+    clip_grad: float = option(0.0, "Largest gradient norm of a sub-ResNet; 0 or null: no clipping.", null="0")
+    schedule: Literal["step", "cosine", "constant", "deepspeed"] = option(
         "step",
         "Learning rate over the run; step: divided by 10 at 50 % and again at 75 % of training; deepspeed: "
         "the scheduler in --deepspeed_config.",
     )
-    lr_warmup_steps: int = _option(0, "Local steps of linear warm-up of the learning rate.", null="0")
+    lr_warmup_steps: int = option(0, "Local steps of linear warm-up of the learning rate.", null="0")
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = _option(
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
         _precision_of_launcher,
         "Autocast; accelerate launch's --mixed_precision is the default.",
         group="Device",
     )
-    dtype: Literal["float32", "float64"] = _option(
+    dtype: Literal["float32", "float64"] = option(
         "float32", "Of the weights; float64 is for checking a run against a simulation."
     )
-    channels_last: bool = _option(
+    channels_last: bool = option(
         False, "Channels-last memory format (faster convolutions on GPUs).", free=True
     )
-    compile: bool = _option(False, "torch.compile the sub-ResNet.", free=True)
-    activation_checkpointing: bool = _option(
+    compile: bool = option(False, "torch.compile the sub-ResNet.", free=True)
+    activation_checkpointing: bool = option(
         False,
         "Recompute activations in the backward pass: less memory, about a third more compute.",
         free=True,
     )
-    cpu_threads: int = _option(
+    cpu_threads: int = option(
         0,
         "CPU threads per rank; 0: the cores divided among the machine's ranks. A fixed number makes CPU "
         "results independent of the number of ranks.",
         free=True,
     )
 
-    eval_every: int = _option(
+    eval_every: int = option(
         10, "Rounds between evaluations; 0: only at the end.", group="Evaluation", free=True
     )
-    eval_batch_size: int | None = _option(
-        None, "Images per forward pass; null: batch_size.", low=1, free=True
-    )
-    eval_memory: int | None = _option(
+    eval_batch_size: int | None = option(None, "Images per forward pass; null: batch_size.", low=1, free=True)
+    eval_memory: int | None = option(
         None,
         "MiB per rank for test activations that wait for the next block; null: what training has left.",
         low=1,
         free=True,
     )
-    calibration_samples: int = _option(
+    calibration_samples: int = option(
         1024, "Training images that set BatchNorm's statistics.", low=1, free=True
     )
 
-    checkpoint_every: int | None = _option(
+    checkpoint_every: int | None = option(
         None,
         "Rounds between checkpoints; null: once an epoch, or by checkpoint_minutes; 0: only at the end.",
         group="Checkpoints",
         free=True,
     )
-    checkpoint_minutes: float | None = _option(None, "Minutes between checkpoints.", free=True)
-    keep: int = _option(3, "Checkpoints that stay in OUTPUT_DIR/checkpoints.", low=1, free=True)
-    checkpoint_async: bool | None = _option(
+    checkpoint_minutes: float | None = option(None, "Minutes between checkpoints.", free=True)
+    keep: int = option(3, "Checkpoints that stay in OUTPUT_DIR/checkpoints.", low=1, free=True)
+    checkpoint_async: bool | None = option(
         None, "Write from a copy in host memory while training goes on; null: on GPUs.", free=True
     )
-    checkpoint_errors: Literal["warn", "stop"] = _option(
+    checkpoint_errors: Literal["warn", "stop"] = option(
         "warn", "Whether a checkpoint that cannot be written (a full disk) ends the run.", free=True
     )
-    resume: str = _option(
+    resume: str = option(
         "never",
         "never; auto: from the newest sound checkpoint in OUTPUT_DIR, if any; or a checkpoint's folder.",
         free=True,
     )
-    override: str | None = _option(
+    override: str | None = option(
         None,
         "Options, joined by commas, that a resumed run may have other values of: lr,epochs.",
         free=True,
         many=True,
     )
-    grace: float = _option(
+    grace: float = option(
         25.0, "Seconds after SIGTERM or SIGINT in which the round may end and be saved.", free=True
     )
-    on_nan: Literal["stop", "skip"] = _option(
+    on_nan: Literal["stop", "skip"] = option(
         "stop", "A worker that meets NaN or Inf ends the run, or only its own round is dropped.", free=True
     )
 
-    seed: int = _option(0, "Decides weights, partitions and data.", below=2**63, group="Run")
-    output_dir: str = _option(
+    seed: int = option(0, "Decides weights, partitions and data.", below=2**63, group="Run")
+    output_dir: str = option(
         "runs/latest", "Folder for metrics.jsonl and all else that the run writes.", free=True
     )
-    log_with: Literal["wandb", "tensorboard", "trackio", "none"] = _option(
+    log_with: Literal["wandb", "tensorboard", "trackio", "none"] = option(
         "wandb",
         "Tracker; wandb is offline unless a key, a login or wandb_project asks for more.",
         free=True,
     )
-    wandb_project: str | None = _option(
+    wandb_project: str | None = option(
         None, "Project in the tracker, resist_ds by default; wandb is then asked to be online.", free=True
     )
-    run_name: str | None = _option(None, "Name of the run in the tracker.", free=True)
-    progress: bool = _option(True, "Progress bar.", free=True)
+    run_name: str | None = option(None, "Name of the run in the tracker.", free=True)
+    progress: bool = option(True, "Progress bar.", free=True)
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -261,8 +232,8 @@ class Config:
             raise UserError(f"{self.deepspeed_config}: {joined(wrong)}")
 
     def _check_values(self) -> None:
-        for name, option in FIELDS.items():
-            value, low, below = getattr(self, name), option.metadata["low"], option.metadata["below"]
+        for name, each in FIELDS.items():
+            value, low, below = getattr(self, name), each.metadata["low"], each.metadata["below"]
             if isinstance(value, int | float) and not (low <= value < below):  # NaN fails every comparison
                 limit = f"at least {low}" if below == math.inf else f"at least {low} and below {below}"
                 raise UserError(f"--{name} is {value}: type a finite number, {limit}")
@@ -400,5 +371,5 @@ class Config:
 
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
-SHAPING = tuple(name for name, option in FIELDS.items() if not option.metadata["free"])
+SHAPING = tuple(name for name, each in FIELDS.items() if not each.metadata["free"])
 CHOICES = {name: typing.get_args(t) for name, t in TYPES.items() if typing.get_origin(t) is Literal}

@@ -21,7 +21,7 @@ from resist_ds.protocol.evaluate import Evaluation, Result
 from resist_ds.protocol.partition import Layout, Partition, sample_partition
 from resist_ds.protocol.sync import Synchroniser
 from resist_ds.protocol.workers import RankWorkers
-from resist_ds.state.checkpoint import State, config_hash, versions
+from resist_ds.state.run_state import State, config_hash, versions
 from resist_ds.state.saver import Saver
 from resist_ds.state.start import Start
 

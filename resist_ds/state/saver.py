@@ -26,8 +26,6 @@ from resist_ds.nets.subnet import OptimizerState, StateDict
 from resist_ds.state import storage
 from resist_ds.state.checkpoint import (
     GROUPS,
-    STATE,
-    State,
     all_specs,
     folder_name,
     index_name,
@@ -36,6 +34,7 @@ from resist_ds.state.checkpoint import (
     statistics_names,
 )
 from resist_ds.state.folder import PARTIAL, REPLACED
+from resist_ds.state.run_state import STATE, State
 from resist_ds.state.storage import Entry, Spec
 
 Tensors = dict[str, dict[str, Tensor]]  # {group: {name: tensor}}

@@ -20,8 +20,9 @@ from resist_ds.nets.initial import Initialisation, Source
 from resist_ds.nets.pretrained import Pretrained
 from resist_ds.nets.subnet import OptimizerState
 from resist_ds.options.config import FIELDS, SHAPING, TIMM, Config
-from resist_ds.state.checkpoint import Checkpoint, State, newest_first
+from resist_ds.state.checkpoint import Checkpoint, newest_first
 from resist_ds.state.folder import RunFolder
+from resist_ds.state.run_state import State
 from resist_ds.state.storage import MANIFEST
 
 _NOT_TO_CHANGE = ("model", "num_classes")  # a checkpoint's tensors have the shapes that these give them

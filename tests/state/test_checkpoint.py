@@ -23,7 +23,8 @@ from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import slots_for
-from resist_ds.state.checkpoint import Checkpoint, config_hash
+from resist_ds.state.checkpoint import Checkpoint
+from resist_ds.state.run_state import config_hash
 from resist_ds.trainer import Trainer
 from tests import oracle
 from tests.conftest import Ranks, run_ranks

@@ -308,7 +308,7 @@ def test_what_a_later_version_counts_or_asks_besides_is_no_reason_to_stop(
     run: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
     """But an option that is unknown here shaped what was trained, and is told."""
-    from resist_ds.state.checkpoint import config_hash
+    from resist_ds.state.run_state import config_hash
 
     def later(content: dict[str, Any]) -> None:
         content["totals"]["joules"] = 3
