@@ -45,6 +45,8 @@ def _readers_are_gone(place: Path) -> None:
     os.close(read)
     for number in (1, 2):
         os.dup2(write, number)
+    # Made anew, as the ones of the process that this one is forked from may stand for files.
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
 
 
 def _folder_is_gone(place: Path) -> None:
