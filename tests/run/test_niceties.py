@@ -46,7 +46,7 @@ def _readers_are_gone(place: Path) -> None:
     for number in (1, 2):
         os.dup2(write, number)
     # Made anew, as the ones of the process that this one is forked from may stand for files.
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = map(os.fdopen, (1, 2), "ww")
 
 
 def _folder_is_gone(place: Path) -> None:
