@@ -1,4 +1,4 @@
-"""The numerical tests as other processors would run them, on one and two threads a rank; then a table.
+"""The numerical tests as other processors would run them, on one thread a rank or two; then a table.
 
     python tools/portable.py                    # or: make portable
     python tools/portable.py -k adamw           # what pytest understands goes to pytest
@@ -48,6 +48,7 @@ class Processor:
         environment: what makes torch and oneDNN, MKL and OpenBLAS believe it.
         newer: how the names of numpy's features begin that it does not have.
         here: whether this one can do so much.
+        threads: of a rank, each a run of its own; two where kernels differ most, so that it stays bearable.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Processor:
     environment: dict[str, str]
     newer: tuple[str, ...]
     here: bool
+    threads: tuple[int, ...] = (1,)
 
     def variables(self) -> dict[str, str]:
         found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", ())
@@ -76,7 +78,7 @@ def believed(aten: str, onednn: str, mkl: str, openblas: str) -> dict[str, str]:
 
 
 PROCESSORS = (
-    Processor("this one", "", {}, (), True),
+    Processor("this one", "", {}, (), True, threads=(1, 2)),
     Processor(
         "AVX-512",
         "AVX512",
@@ -90,6 +92,7 @@ PROCESSORS = (
         believed("avx2", "AVX2", "AVX2", "Haswell"),
         ("AVX512", "X86_V4"),
         torch.cpu._is_avx2_supported(),
+        threads=(1, 2),
     ),
     Processor(
         "SSE4.1",
@@ -99,7 +102,6 @@ PROCESSORS = (
         X86,
     ),
 )
-THREADS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     """All processors and threads in turn; 1 if any test failed, or none was run."""
     lines, good = [], True
     for processor in PROCESSORS:
-        for threads in THREADS if processor.here else ():
+        for threads in processor.threads if processor.here else ():
             print(f"\n=== {processor.name}, {threads} thread{'s' * (threads > 1)} a rank", flush=True)
             found = tested(processor, threads, arguments)
             good = good and found.code == 0 and found.passed > 0

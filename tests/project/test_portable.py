@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,7 @@ def test_a_failure_on_one_processor_is_in_the_table(
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [*portable.PYTEST[:4], "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
     monkeypatch.setattr(portable, "PYTEST", (*command, str(tmp_path)))
-    monkeypatch.setattr(portable, "THREADS", (2,))
-    here, lacking, *_, oldest = portable.PROCESSORS
+    here, *_, oldest = (replace(processor, threads=(2,)) for processor in portable.PROCESSORS)
     lacking = portable.Processor("AVX-1024", "AVX1024", {}, (), here=False)
     monkeypatch.setattr(portable, "PROCESSORS", (here, lacking, oldest))
     assert portable.main() == 1
