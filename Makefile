@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test portable soak check bench clean distclean
+.PHONY: help install demo test tests portable soak check bench clean distclean
 
 help:
 	@echo 'make demo       train 4 workers on handwritten digits (under two minutes), then a table'
@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python tools/demo.py
 
 # Two files at a time, since many tests leave a core idle; a file's tests stay together and in order.
-test: install
+test tests: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Other kernels round otherwise: no test may hang on that. Not part of `make test`, since its results are of the tests.

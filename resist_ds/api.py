@@ -4,6 +4,7 @@
     for round in range(resist.round, 100):
         for worker in resist.workers():                      # those that this rank plays, one after the other
             for x, y in batches_of(worker.index, round):     # ℓ local steps of yours
+                x, y = x.to(resist.device), y.to(resist.device)
                 F.cross_entropy(worker.module(x), y).backward()
                 worker.optimizer.step()
                 worker.optimizer.zero_grad()

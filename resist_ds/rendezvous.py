@@ -36,8 +36,15 @@ def meet(launch: Launch, timeout: timedelta) -> Store:
     if not listens:
         _reach(host, port, waiting)
     try:
+        # Who listens needs no name for that: with a wrong one torch's client would try for half an hour.
         store: Store = TCPStore(
-            host, port, launch.size, listens, timeout=timeout, wait_for_workers=False, multi_tenant=listens
+            "127.0.0.1" if listens else host,
+            port,
+            launch.size,
+            listens,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=listens,
         )
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):

@@ -48,7 +48,8 @@ def main() -> int:
     print(f"\ntest accuracy after {resist['samples_seen']:,} training samples (one seed)")
     print(f"  ResIST, {WORKERS} workers, global model   {ours:6.2f} %")
     print(f"  one worker, the full net          {theirs:6.2f} %   difference {ours - theirs:+.2f} points")
-    print(f"took {time.perf_counter() - start:.0f} s; all figures are in runs/demo/metrics.jsonl")
+    places = "runs/demo and runs/demo/one_worker"
+    print(f"took {time.perf_counter() - start:.0f} s; all figures are in metrics.jsonl of {places}")
     if not sys.argv[1:] and (ours < 98 or ours < theirs - 1):  # with other options who knows
         print("unexpected: the global model should reach 98 % and be within 1 point of the full net")
         return 1

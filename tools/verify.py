@@ -19,11 +19,13 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="the folder of a checkpoint")
     folder: Path = parser.parse_args().checkpoint
 
-    from resist_ds.errors import DamagedError, RunError
+    from resist_ds.errors import DamagedError, RunError, UserError
     from resist_ds.state.checkpoint import Checkpoint  # after parsing, so that --help does not wait for torch
     from resist_ds.state.storage import check_listing
 
     try:
+        if not folder.expanduser().is_dir():  # a name mistyped, and no damage
+            raise UserError(f"{folder}: no such folder")
         checkpoint = Checkpoint.verified(folder.expanduser())
         size = sum(entry.size for entry in check_listing(folder.expanduser()).values())
     except RunError as error:

@@ -10,7 +10,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import glob
 from multiprocessing.context import ForkServerContext
 from multiprocessing.queues import Queue
 from typing import Any
@@ -120,6 +122,9 @@ class _Results(Queue):
     """
 
     def _on_queue_feeder_error(self, error: Exception, item: Any) -> None:
+        for left in glob(f"{_SHARED}/torch_{os.getpid()}_*"):  # which torch leaves where it finds no room
+            with suppress(OSError):
+                os.unlink(left)
         if isinstance(item, tuple) and not isinstance(item[1], DataError):
             said = f"a batch was lost on its way from a loader process ({reason(error)}): {_remedy(error)}"
             self.put((item[0], DataError(said)))

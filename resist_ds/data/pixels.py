@@ -15,7 +15,7 @@ from PIL import Image
 from resist_ds.errors import DataError
 
 _HAS_NO_PART = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of which errors the image is innocent
-_WHITE_IS_ZERO, _PHOTOMETRIC, _BITS = 0, 262, 258  # of TIFF
+_WHITE_IS_ZERO, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _SIGNED = 0, 262, 258, 339, 2  # of TIFF
 _UNKNOWN = {
     "F": "floating-point numbers",
     "I": "signed or 32-bit whole numbers",
@@ -47,10 +47,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow looks after up to 8 bits only
             values = white - values
         return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
-    if image.mode in _UNKNOWN:
+    unknown = _UNKNOWN.get(image.mode)
+    if unknown is None and _tag(image, _SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,)):
+        unknown = "signed whole numbers"  # of 8 bits, which Pillow takes for unsigned ones
+    if unknown is not None:
         raise ValueError(
-            f"its pixels are {_UNKNOWN[image.mode]} (mode {image.mode}), and it does not say which value is "
-            "white: convert it to 8 or 16 bits"
+            f"its pixels are {unknown} (mode {image.mode}), and it does not say which value is white: "
+            "convert it to 8 or 16 bits"
         )
     if image.mode == "P":
         image.info.pop("transparency", None)  # it would be dropped anyway, with a warning

@@ -58,6 +58,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
     # Each alone first, so that an error names its option and file whatever jsonargparse's message looks like.
     for name, value, where in options:
+        if "\0" in value or any(0xD800 <= ord(c) < 0xDC80 or 0xDCFF < ord(c) < 0xE000 for c in value):
+            raise UserError(f"{where} is {cut(repr(value))}, which no file or name can hold: type another")
         try:
             if ":" in value and not {int, float}.isdisjoint(_kinds(name)):
                 raise ArgumentError(None, "")  # YAML 1.1 makes 90 of 1:30, which nobody means

@@ -114,6 +114,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 UNKNOWN = {
     "floats": (grey_tiff(VALUES.astype(np.float32) / 65535, 32, sample_format=3), "F"),
     "signed": (grey_tiff(VALUES.astype(np.int16), 16, sample_format=2), "I"),
+    "signed, 8 bits": (grey_tiff(VALUES.astype(np.int8), 8, sample_format=2), "L"),
     "32 bits": (grey_tiff(VALUES.astype(np.uint32), 32), "I"),
 }
 

@@ -243,6 +243,8 @@ def test_what_is_no_file(option: str, tmp_path: Path) -> None:
         ("lr: &a [*a]", "run.yaml:1: lr has a list: type a number"),
         ("lr:\t- 1", "--config run.yaml cannot be read"),
         ("[" * 3000, "--config run.yaml cannot be read: it is nested too deeply"),
+        ('output_dir: "a\\0b"', "run.yaml:1: output_dir is 'a\\x00b', which no file or name can hold"),
+        ('run_name: "\\uD800"', "run.yaml:1: run_name is '\\ud800', which no file or name can hold"),
         ("betas: [0.9]", "--betas is '0.9': type two numbers"),
         ("betas: [[0.9], 0.99]", "run.yaml:1: betas has a list: type a text"),
     ],

@@ -210,6 +210,17 @@ def test_rank_0_that_is_not_there_is_waited_for_aloud_and_not_for_ever(
     assert all(line.startswith("waiting for rank 0, which is not there (Connection") for line in lines)
 
 
+def test_a_rank_0_whose_address_is_another_machines_waits_aloud(
+    port: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It listens all the same; a client of torch's would try to reach that address for half an hour."""
+    monkeypatch.setattr(rendezvous, "PATIENCE", 0.2)
+    launch = Launch(0, 2, 0, 2, True, False, ("no.such.host.invalid", port))
+    with pytest.raises(RunError, match=r"^rank 0 has waited 0\.5 s for 1 of 2 ranks at no\.such"):
+        rendezvous.meet(launch, timedelta(seconds=0.5))
+    assert capfd.readouterr().err.startswith("waiting for 1 of 2 ranks at no.such.host.invalid:")
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("", 0)) as server:
         taken = str(server.getsockname()[1])

@@ -303,7 +303,7 @@ def test_the_tools(tmp_path: Path, ranks: Ranks, tool: Tool) -> None:
 def test_a_tool_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "verify.py"), "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: nothing: no such folder\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nothing: no such folder\n")
 
 
 def test_an_export_that_cannot_be_written_leaves_nothing(trained: Any, tmp_path: Path) -> None:

@@ -139,6 +139,9 @@ def export_under_a_cap(comm: Comm, checkpoint: Path, out: Path, allowance: int) 
         export(Checkpoint.verified(checkpoint), out)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    finally:  # what is returned goes through a thread, whose stack alone may be too much
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
     return ""
 
 
