@@ -197,6 +197,8 @@ def decoded(files: Files, decode: Decode, threads: int, trouble: Trouble | None)
 
     Args:
         trouble: where an image that cannot be read is noted; None: it is an error.
+
+    Errors: DataError also where nothing of a class can be read.
     """
     count = len(files.paths)
     images = np.empty((count, 3, decode.img_size, decode.img_size), np.uint8)
@@ -218,4 +220,8 @@ def decoded(files: Files, decode: Decode, threads: int, trouble: Trouble | None)
         except DataError:
             pool.shutdown(cancel_futures=True)
             raise
+    lost = set(files.labels.tolist()) - set(labels.tolist())
+    if lost:  # to train without a class would be silent
+        path = files.paths[files.labels.tolist().index(min(lost))]
+        raise DataError(f"not one image can be read of the class of {path}: mend them, or remove that class")
     return InMemory(torch.from_numpy(images), labels)

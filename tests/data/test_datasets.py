@@ -443,6 +443,13 @@ def test_where_no_neighbour_can_be_read_it_is_an_error(folder):
         batches(data, [(0, np.arange(4))])
 
 
+def test_a_class_of_which_nothing_can_be_read_is_an_error(folder):
+    for path in Path(folder["data_dir"], "train", "bee").rglob("*.*"):
+        path.write_text("junk")
+    with pytest.raises(DataError, match=r"^not one image can be read of the class of .*/train/bee/"):
+        load_data(Config(**folder, img_size=8, on_bad_image="skip"))
+
+
 def test_loader_processes_work_once_torch_distributed_is_up_and_end_with_their_iterator(folder, tmp_path):
     """Forked ones would inherit gloo's locks and can hang; and one that is left over keeps a job alive."""
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
