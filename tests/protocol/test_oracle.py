@@ -107,7 +107,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     # P = 8 blocks on two or four workers: one holder each. On three workers, one block has two holders.
     "two": (2, {}),
     "two-reset": (2, {"optimizer_state": "reset"}),
-    "two-overlap": (2, {"min_blocks": 6, "accumulation_steps": 4}),
+    # Micro-batches of 8: of two images whose maps have shrunk to 1×1, BatchNorm makes ±1, by the last bit.
+    "two-overlap": (2, {"min_blocks": 6, "accumulation_steps": 4, "batch_size": 32}),
     "three": (3, {"schedule": "step", "local_steps": 4}),
     "three-reset-overlap": (3, {"optimizer_state": "reset", "min_blocks": 5}),
     "four-reset": (4, {"optimizer_state": "reset", "schedule": "step"}),
