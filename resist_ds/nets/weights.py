@@ -164,7 +164,7 @@ def _kind(path: Path) -> str:
         return "safetensors"
     elif text.startswith((b"{", b"[")):
         said = "is JSON, not the weights: type the file of the tensors"
-    elif start.startswith(b"PK\x03\x04") and start[30 : 30 + start[26]].endswith(b".npy"):
+    elif start.startswith(b"PK\x03\x04") and start[30 : 30 + sum(start[26:27])].endswith(b".npy"):
         said = "is an archive of NumPy arrays, and PyTorch's weights are asked for"
     elif start.startswith(b"PK\x03\x04"):
         return "zip"
