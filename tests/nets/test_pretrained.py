@@ -230,8 +230,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty: download or copy it again"),
     "four bytes": (
         b"PK\x03\x04",
-        "is damaged or cut off (PytorchStreamReader failed reading zip archive: not a ZIP archive): download or "
-        "copy it again",
+        "is damaged or cut off (PytorchStreamReader failed reading zip archive: not a ZIP archive): download "
+        "or copy it again",
     ),
     "pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 102400\n",
