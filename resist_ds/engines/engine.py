@@ -111,8 +111,8 @@ class TorchEngine(TorchStep):
     """Torch's own step, in place on the sub-ResNet's vector; DistributedDataParallel may stand around it."""
 
     def __init__(self, subnet: Subnet, config: Config):
-        parameters = subnet.optimizer.param_groups[0]["params"]
-        super().__init__(self._compiled(subnet.module, config), parameters, subnet.optimizer, config)
+        forward, weights = self._compiled(subnet.module, config), list(subnet.weights.values())
+        super().__init__(forward, weights, subnet.optimizer, config)
         self.subnet = subnet
 
     def wrap(self, around: Callable[[nn.Module], nn.Module]) -> None:

@@ -292,7 +292,7 @@ def _step(subnet: Subnet, counter: _Counter, config: Config, batch: int, img_siz
     count.forward = len(count.live)
     loss.backward()
     subnet.collect()
-    for parameter in subnet.optimizer.param_groups[0]["params"]:
+    for parameter in subnet.weights.values():
         counter.finished(parameter)
     count.backward = len(count.live)
     subnet.optimizer.step()

@@ -223,7 +223,12 @@ def use_batch_statistics(module: nn.Module, like: Tensor) -> None:
 
 
 class Subnet:
-    """The one net on this rank's device, bound to a vector; the rank's workers take turns in it."""
+    """The one net on this rank's device, bound to a vector; the rank's workers take turns in it.
+
+    Attributes:
+        weights: what the optimizer updates, by timm's names; the net's own parameters, unless it computes
+            with copies of them in low precision (see `Shadow`).
+    """
 
     def __init__(
         self,
@@ -246,14 +251,14 @@ class Subnet:
         bind(self.module, {name: each.pop("parameter") for name, each in tensors.items()})
         if config.activation_checkpointing:
             self.module.set_grad_checkpointing()  # type: ignore[operator]
-        weights = dict(self.module.named_parameters())
-        self.optimizer = optimizer_of(config, list(weights.values()))
-        for name, parameter in weights.items():
+        self.weights = dict(self.module.named_parameters())
+        self.optimizer = optimizer_of(config, list(self.weights.values()))
+        for name, parameter in self.weights.items():
             if tensors[name]:  # beforehand, since a parameter without a gradient would never get it
                 self.optimizer.state[parameter] = tensors[name]
         low = low_precision(config)
         # DistributedDataParallel would average the copies' gradients: there autocast casts the weights.
-        self._shadow = None if low is None or config.way.lockstep else self._shade(low, weights, blueprint)
+        self._shadow = None if low is None or config.way.lockstep else self._shade(low, blueprint)
         self.refresh()
         self.module.train()
 
@@ -267,7 +272,7 @@ class Subnet:
         if self._shadow is not None:
             self._shadow.collect()
 
-    def _shade(self, low: torch.dtype, weights: dict[str, nn.Parameter], blueprint: Blueprint) -> Shadow:
+    def _shade(self, low: torch.dtype, blueprint: Blueprint) -> Shadow:
         """Put low-precision copies of its weights into the net."""
         layout = self.layout.without_state()
         shadow = torch.zeros(layout.numel, dtype=low, device=self.vector.device)
@@ -283,4 +288,4 @@ class Subnet:
         copies = {
             name: each["parameter"] for name, each in layout.tensors(shadow, blueprint.block_prefix).items()
         }
-        return Shadow(self.module, pairs, weights, copies)
+        return Shadow(self.module, pairs, self.weights, copies)
