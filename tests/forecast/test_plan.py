@@ -130,7 +130,6 @@ def test_the_peak_of_a_step_is_that_of_real_local_steps(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 @pytest.mark.parametrize(
