@@ -1,13 +1,15 @@
 """A CUDA device that is not there, to try what touches a device where no GPU is at hand.
 
-`device.install` makes torch believe in GPUs. Their tensors say `cuda:N`, hold real numbers and compute them on the
-CPU; they refuse to be mixed with the host's, and every copy, wait and launch is recorded with the line of the
-project that asked for it. `record` keeps what was seen, `tensor` is the device's tensor, `device` what stands around it in torch, `native.cpp`
-what autograd asks of CUDA's libraries; `start` starts ranks, each a process, which `__main__` makes run the trainer.
+`device.install` makes torch believe in GPUs. Their tensors say `cuda:N`, hold real numbers and compute them
+on the CPU; they refuse to be mixed with the host's, and every copy, wait and launch is recorded with the line
+of the package that asked for it. `record` keeps what was seen, `tensor` is the device's tensor, `device` what
+stands around it in torch, `native.cpp` what autograd asks of CUDA's libraries. `start` starts ranks, each a
+process: `__main__`, which lets `trial` run the trainer.
 
-What is asynchronous on a GPU arrives late here too: what is copied into pinned memory without blocking is NaN until
-an event or a stream was waited for, and pinned memory that is written to before the copy out of it was waited for
-is an error. What it does not show: NCCL, side streams, CUDA graphs, cuDNN, memory, speed, torch.compile.
+What is asynchronous on a GPU arrives late here too: what is copied into pinned memory without blocking is NaN
+until an event or a stream was waited for, and pinned memory that is written to before the copy out of it was
+waited for is an error. What all this does not show: NCCL, side streams, CUDA graphs, cuDNN, memory, speed,
+torch.compile.
 """
 
 import shutil

@@ -52,9 +52,7 @@ def _satisfy_autograd() -> None:
     """The library that was preloaded answers what autograd asks CUDA's."""
     ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(None).pretend()
-    torch.autograd.set_multithreading_enabled(
-        False
-    ).__enter__()  # else each device has a thread, without a mode
+    torch.autograd.set_multithreading_enabled(False).__enter__()  # a thread would have no mode
 
 
 class Event:
@@ -103,6 +101,9 @@ class Stream:
 
     def query(self) -> bool:
         return QUEUE.done(QUEUE.mark())
+
+    def is_capturing(self) -> bool:
+        return False
 
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event()

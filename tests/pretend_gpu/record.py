@@ -97,7 +97,7 @@ class Record:
 
     @property
     def launches_per_step(self) -> float:
-        """Operations that the device executes in a local step; they are what an eager step's time hangs on."""
+        """Operations that the device executes in a local step: what an eager step's time hangs on."""
         return self.launches.total() / max(1, self.steps)
 
     def faults(self) -> dict[str, int]:

@@ -221,7 +221,7 @@ def _common_device(
         return None
     devices = {x.device for x in gpu}
     host = [x for x in tensors if not isinstance(x, GpuTensor)]
-    # Pointwise kernels take the host's scalars as arguments, though not to write to; indices may lie there too.
+    # Pointwise kernels take the host's scalars, though not to write to; indices may lie there too.
     scalars = torch.Tag.pointwise in operation.tags and isinstance(args[0], GpuTensor) | (
         not operation._schema.is_mutable
     )

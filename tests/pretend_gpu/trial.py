@@ -28,7 +28,7 @@ class Seen:
 
 
 class _Watched(list[float]):
-    """The rates of local steps: whoever takes one begins a step, which ends when the next one is asked for."""
+    """The rates of local steps: to take one begins a step, which ends when the next one is asked for."""
 
     def __iter__(self) -> Iterator[float]:
         for rate in super().__iter__():
