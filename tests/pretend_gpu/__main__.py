@@ -1,39 +1,30 @@
-"""`python -m tests.pretend_gpu TASK.json`: a rank's life on the pretended device; see `start`."""
+"""`python -m tests.pretend_gpu FOLDER RANK`: the life of a rank; see `start`."""
 
-import json
+import pickle
 import sys
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 
 
-def main(task: Path) -> None:
-    """Run the trainer as often as the task says, and leave beside it what was seen."""
-    asked = json.loads(task.read_text())
-    seen: dict[str, object] = {}
+def main(folder: Path, rank: str) -> None:
+    """Call the function of the task on this rank, and leave what it returns."""
+    gpus, function, args = pickle.loads((folder / "task").read_bytes())
+    result, error = None, None
     try:
-        if asked["gpus"]:
+        if gpus[int(rank)]:
             from tests.pretend_gpu.device import install
 
-            install(asked["gpus"])
+            install(gpus[int(rank)])
         from resist_ds.comm import Comm
-        from tests.pretend_gpu.trial import train, watch_local_steps
 
-        comm = Comm(init_method=f"file://{task.parent / 'rendezvous'}")
-        watch_local_steps()
-        for name, options in asked["runs"].items():
-            try:
-                seen[name] = asdict(train(comm, options))
-            except Exception:
-                seen[name] = {"error": traceback.format_exc()}
-                if comm.size > 1:  # the others cannot go on
-                    break
-        else:
-            comm.close()
+        comm = Comm(init_method=f"file://{folder / 'rendezvous'}")
+        result = function(comm, *args)
     except BaseException:
-        seen["error"] = traceback.format_exc()
-    task.with_suffix(".seen").write_text(json.dumps(seen))
+        error = traceback.format_exc()
+    (folder / f"result-{rank}").write_bytes(pickle.dumps((result, error)))
+    if error is None:
+        comm.close()  # afterwards: where another rank has failed it may wait for what never comes
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

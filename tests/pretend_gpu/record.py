@@ -71,7 +71,7 @@ class Record:
         self.waits: Counter[tuple[str, Place]] = Counter()
         self.launches: Counter[tuple[str, Place]] = Counter()
         self.steps = 0
-        self._in_step = False
+        self._in_step = self._begun = False
 
     def copy(self, copy: Copy) -> None:
         if self._in_step:
@@ -87,9 +87,10 @@ class Record:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A local step: from here to its end everything is recorded."""
-        self._in_step = True
-        self.steps += 1
+        """A local step: to its end everything is recorded; but for the first, in which things are set up."""
+        self._in_step = self._begun
+        self.steps += self._begun
+        self._begun = True
         try:
             yield
         finally:

@@ -1,68 +1,83 @@
-"""Starts ranks, each a process that sees pretended GPUs."""
+"""Starts ranks that see pretended GPUs, each a process of its own: there is no way back from believing in them."""
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests import ROOT
+import pytest
 
-Runs = dict[str, dict[str, Any]]
+from tests import ROOT, THREADS
 
 
 def build(folder: Path) -> Path:
-    """Compile the library that the ranks preload; about two seconds."""
-    library = folder / "pretend.so"
+    """Compile the library that the ranks preload, which takes two seconds."""
+    library = folder / "pretended.so"
     include = Path(sysconfig.get_path("purelib")) / "torch" / "include"
-    command = [
-        "g++",
-        "-shared",
-        "-Wl,-soname,libcuda.so.1",
-        "-fPIC",
-        "-O0",
-        "-std=c++20",
-        f"-I{include}",
-        "-o",
-        str(library),
-    ]
-    subprocess.run([*command, str(Path(__file__).with_name("native.cpp"))], check=True)
+    source = Path(__file__).with_name("native.cpp")
+    options = ["-shared", "-fPIC", "-O0", "-std=c++20", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
+    subprocess.run(["g++", *options, str(source), "-o", str(library)], check=True)
     return library
 
 
-def start(
-    library: Path, folder: Path, gpus: Sequence[Sequence[int]], runs: Runs, timeout: float = 100
-) -> list[dict[str, Any]]:
-    """Ranks that run the trainer with one set of options after the other; returns what each rank saw.
+class Ranks:
+    """Ranks at work.
 
     Args:
-        folder: an empty one, for what they say.
+        library: that `build` made.
+        folder: a new one, for what they say.
         gpus: for each rank, which of the machine's GPUs it sees; none: it computes on the CPU.
-        runs: {name: options of Config}.
-
-    Returns:
-        of each rank {name of a run: the fields of `trial.Seen`, or its traceback as "error"}.
+        function: to be called as function(comm, *args); it, its arguments and what it returns are pickled.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks = []
-    for rank, seen in enumerate(gpus):
-        task = folder / f"{rank}.json"
-        task.write_text(json.dumps({"gpus": list(seen), "runs": runs}))
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(gpus), "LOCAL_WORLD_SIZE": len(gpus)}
-        environment = {k: str(v) for k, v in place.items()} if len(gpus) > 1 else {}
-        environment |= {"LD_PRELOAD": str(library)} if seen else {}
-        command = [sys.executable, "-m", "tests.pretend_gpu", str(task)]
-        with (folder / f"{rank}.txt").open("w") as said:
-            ranks.append(
-                subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=said, stderr=said)
-            )
-    try:
-        for process in ranks:
-            process.wait(timeout)
-    finally:
-        for process in ranks:
-            process.kill()
-    return [json.loads((folder / f"{rank}.seen").read_text()) for rank in range(len(gpus))]
+
+    def __init__(
+        self, library: Path, folder: Path, gpus: Sequence[Sequence[int]], function: Callable[..., Any], *args: Any
+    ):
+        self._folder = folder
+        folder.mkdir(parents=True)
+        (folder / "task").write_bytes(pickle.dumps((gpus, function, args)))
+        self._processes = []
+        for rank, seen in enumerate(gpus):
+            environment = {"OMP_NUM_THREADS": str(THREADS)}
+            if len(gpus) > 1:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment |= {"WORLD_SIZE": str(len(gpus)), "LOCAL_WORLD_SIZE": str(len(gpus))}
+            if seen:
+                environment["LD_PRELOAD"] = str(library)
+            with (folder / f"said-{rank}").open("w") as said:
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.pretend_gpu", str(folder), str(rank)],
+                        cwd=ROOT,
+                        env=os.environ | environment,
+                        stdout=said,
+                        stderr=said,
+                    )
+                )
+
+    def results(self, timeout: float = 100) -> list[Any]:
+        """What the function returned on each rank; the test fails where one did not come to its end."""
+        deadline = time.monotonic() + timeout
+        try:
+            for process in self._processes:
+                process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for process in self._processes:
+                process.kill()
+        results = []
+        for rank in range(len(self._processes)):
+            left = self._folder / f"result-{rank}"
+            if not left.exists():
+                pytest.fail(f"rank {rank} left no result: {(self._folder / f'said-{rank}').read_text()}")
+            result, error = pickle.loads(left.read_bytes())
+            if error is not None:
+                pytest.fail(f"rank {rank} failed:\n{error}")
+            results.append(result)
+        return results

@@ -4,19 +4,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from resist_ds import trainer
+from resist_ds.comm import Comm
+from resist_ds.options.config import Config
 from tests.pretend_gpu.record import RECORD
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a run on the pretended device came to, on one rank.
+    """What a run came to, on one rank.
 
     Attributes:
         faults: {what a local step must not do, and where: how often}.
         launches: operations that the device executes in a local step.
         steps: local steps that were seen.
         loss, accuracy: of the last evaluation.
-        where: backend and devices.
+        carrier: what carried the exchanges.
+        devices: where the rank computed, and where its exchange buffers were.
     """
 
     faults: dict[str, int]
@@ -24,7 +28,8 @@ class Seen:
     steps: int
     loss: float
     accuracy: float
-    where: str
+    carrier: str
+    devices: tuple[str, str]
 
 
 class _Watched(list[float]):
@@ -36,29 +41,35 @@ class _Watched(list[float]):
                 yield rate
 
 
-def watch_local_steps() -> None:
-    """Let the trainer's local steps be recorded; what stands before and behind their loop is not."""
-    from resist_ds import trainer
-
+def train(comm: Comm, options: dict[str, Any]) -> Seen:
+    """A whole run, its local steps watched: what stands before and behind their loop is not. Collective."""
     local_steps = trainer.local_steps
 
     def watched(engine: Any, batches: Any, *, rates: Any) -> Any:
         return local_steps(engine, batches, rates=_Watched(rates))
 
-    trainer.local_steps = watched
-
-
-def train(comm: Any, options: dict[str, Any]) -> Seen:
-    """A whole run. Collective: all ranks."""
-    from resist_ds.options.config import Config
-    from resist_ds.trainer import Trainer
-
     RECORD.clear()
-    trainer = Trainer(comm, Config(**options))
+    trainer.local_steps = watched
     try:
-        result = trainer.run()
+        run = trainer.Trainer(comm, Config(**options))
+        try:
+            result = run.run()
+        finally:
+            run.folder.release()
     finally:
-        trainer.folder.release()
+        trainer.local_steps = local_steps
     assert result is not None
-    where = f"{comm.backend}, computes on {comm.device}, exchanges on {comm.buffer_device}"
-    return Seen(RECORD.faults(), RECORD.launches_per_step, RECORD.steps, result.loss, result.accuracy, where)
+    return Seen(
+        RECORD.faults(),
+        RECORD.launches_per_step,
+        RECORD.steps,
+        result.loss,
+        result.accuracy,
+        comm.backend,
+        (str(comm.device), str(comm.buffer_device)),
+    )
+
+
+def train_all(comm: Comm, runs: dict[str, dict[str, Any]]) -> dict[str, Seen]:
+    """Runs one after the other, {name: options}. Collective: all ranks."""
+    return {name: train(comm, options) for name, options in runs.items()}
