@@ -2,17 +2,35 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import ROOT, THREADS
+
+
+@dataclass(frozen=True)
+class Job:
+    """What some ranks are to do.
+
+    Attributes:
+        name: a word of its own.
+        gpus: for each rank, which of the machine's GPUs it sees.
+        function: called as function(comm, *args); it, its arguments and what it returns are pickled.
+    """
+
+    name: str
+    gpus: Sequence[Sequence[int]]
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
 
 
 def build(folder: Path) -> Path:
@@ -26,58 +44,36 @@ def build(folder: Path) -> Path:
 
 
 class Ranks:
-    """Ranks at work.
+    """The ranks of some jobs, at work at the same time. `folder` is for what they say."""
 
-    Args:
-        library: that `build` made.
-        folder: a new one, for what they say.
-        gpus: for each rank, which of the machine's GPUs it sees; none: it computes on the CPU.
-        function: to be called as function(comm, *args); it, its arguments and what it returns are pickled.
-    """
+    def __init__(self, library: Path, folder: Path, jobs: Sequence[Job]):
+        self._folder, self._jobs = folder, jobs
+        (folder / "jobs").write_bytes(pickle.dumps(list(jobs)))
+        environment = {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": str(THREADS)}
+        command = [sys.executable, "-m", "tests.pretend_gpu", str(folder)]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, start_new_session=True
+        )
 
-    def __init__(
-        self, library: Path, folder: Path, gpus: Sequence[Sequence[int]], function: Callable[..., Any], *args: Any
-    ):
-        self._folder = folder
-        folder.mkdir(parents=True)
-        (folder / "task").write_bytes(pickle.dumps((gpus, function, args)))
-        self._processes = []
-        for rank, seen in enumerate(gpus):
-            environment = {"OMP_NUM_THREADS": str(THREADS)}
-            if len(gpus) > 1:
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                environment |= {"WORLD_SIZE": str(len(gpus)), "LOCAL_WORLD_SIZE": str(len(gpus))}
-            if seen:
-                environment["LD_PRELOAD"] = str(library)
-            with (folder / f"said-{rank}").open("w") as said:
-                self._processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.pretend_gpu", str(folder), str(rank)],
-                        cwd=ROOT,
-                        env=os.environ | environment,
-                        stdout=said,
-                        stderr=said,
-                    )
-                )
-
-    def results(self, timeout: float = 100) -> list[Any]:
-        """What the function returned on each rank; the test fails where one did not come to its end."""
-        deadline = time.monotonic() + timeout
+    def results(self, timeout: float = 100) -> dict[str, list[Any]]:
+        """{job: what its function returned, by rank}; the test fails where one did not come to its end."""
         try:
-            for process in self._processes:
-                process.wait(max(0.1, deadline - time.monotonic()))
+            self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            for process in self._processes:
-                process.kill()
-        results = []
-        for rank in range(len(self._processes)):
-            left = self._folder / f"result-{rank}"
-            if not left.exists():
-                pytest.fail(f"rank {rank} left no result: {(self._folder / f'said-{rank}').read_text()}")
-            result, error = pickle.loads(left.read_bytes())
-            if error is not None:
-                pytest.fail(f"rank {rank} failed:\n{error}")
-            results.append(result)
-        return results
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        return {job.name: [self._result(job, r) for r in range(len(job.gpus))] for job in self._jobs}
+
+    def _result(self, job: Job, rank: int) -> Any:
+        who = f"rank {rank} of {job.name}"
+        left = self._folder / f"result-{job.name}-{rank}"
+        if not left.exists():
+            said = self._folder / f"said-{job.name}-{rank}"
+            pytest.fail(f"{who} came to no end: {said.read_text() if said.exists() else 'it never began'}")
+        result, error = pickle.loads(left.read_bytes())
+        if error is not None:
+            pytest.fail(f"{who} failed:\n{error}")
+        return result

@@ -10,7 +10,7 @@ import torch
 
 from resist_ds.comm import Comm
 from tests import THREADS, pretend_gpu, saved
-from tests.pretend_gpu.start import Ranks, build
+from tests.pretend_gpu.start import Job, Ranks, build
 from tests.pretend_gpu.trial import Seen, train, train_all
 
 pytestmark = [
@@ -72,20 +72,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(library: Path, folder: Path) -> dict[str, list[Seen]]:
     """What each rank saw of each run."""
 
-    def begin(gpus: list[list[int]], name: str) -> Ranks:
-        runs = {
-            run: OPTIONS | options | {"output_dir": str(folder / run)}
-            for run, (where, options) in RUNS.items()
+    def runs(gpus: list[list[int]]) -> dict[str, dict[str, Any]]:
+        return {
+            name: OPTIONS | options | {"output_dir": str(folder / name)}
+            for name, (where, options) in RUNS.items()
             if where is gpus
         }
-        return Ranks(library, folder / name, gpus, train_all, runs)
 
-    at_work = [begin(ALONE, "alone")]
-    results = at_work.pop().results()
-    results = [results, begin(EACH, "each").results(), begin(SHARED, "shared").results()]
-    return {
-        name: [rank[name] for rank in ranks] for ranks in results for name in ranks[0]
-    }
+    places = {"alone": ALONE, "each": EACH, "shared": SHARED}
+    jobs = [Job(name, gpus, train_all, (runs(gpus),)) for name, gpus in places.items()]
+    results = Ranks(library, folder, jobs).results()
+    return {name: [rank[name] for rank in ranks] for ranks in results.values() for name in ranks[0]}
 
 
 @pytest.mark.parametrize("name", RUNS)
