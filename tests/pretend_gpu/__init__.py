@@ -3,7 +3,7 @@
 `device.install` makes torch believe in GPUs. Their tensors say `cuda:N`, hold real numbers and compute them
 on the CPU; they refuse to be mixed with the host's, and every copy, wait and launch is recorded with the line
 of the package that asked for it. `record` keeps what was seen, `tensor` is the device's tensor, `device` what
-stands around it in torch, `native.cpp` what autograd asks of CUDA's libraries. `start` starts ranks, each a
+stands around it in torch, `runtime.c` what torch asks of CUDA's libraries. `start` starts ranks, each a
 process: `__main__`, which lets `trial` run the trainer.
 
 What is asynchronous on a GPU arrives late here too: what is copied into pinned memory without blocking is NaN
@@ -27,6 +27,6 @@ def misfit() -> str | None:
     version = metadata.version("torch")
     if not version.startswith(FITS + "."):
         return f"the pretended GPU fits torch {FITS}, and this is {version}"
-    if shutil.which("g++") is None:
-        return "the pretended GPU needs g++"
+    if shutil.which("gcc") is None:
+        return "the pretended GPU needs gcc"
     return None

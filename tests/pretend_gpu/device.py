@@ -1,12 +1,10 @@
 """What stands around the tensors: torch.cuda, torch.accelerator, pinned memory, streams, NCCL."""
 
 import contextlib
-import ctypes
 import importlib
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +28,6 @@ def install(gpus: Sequence[int]) -> None:
         gpus: which of the machine's it sees, as CUDA_VISIBLE_DEVICES would name them.
     """
     assert gpus
-    _satisfy_autograd()
     _replace_cuda(gpus)
     _replace_accelerator(len(gpus))
     _replace_pinned_memory()
@@ -46,13 +43,7 @@ def install(gpus: Sequence[int]) -> None:
 
     threading.Thread.run = run_here  # type: ignore[method-assign]
     Here().__enter__()
-
-
-def _satisfy_autograd() -> None:
-    """The library that was preloaded answers what autograd asks CUDA's."""
-    ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(None).pretend()
-    torch.autograd.set_multithreading_enabled(False).__enter__()  # a thread would have no mode
+    torch.autograd.set_multithreading_enabled(False).__enter__()  # autograd's threads would not be here
 
 
 class Event:
