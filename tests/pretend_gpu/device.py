@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils import _foreach_utils
 
 from tests.pretend_gpu import tensor
@@ -32,6 +33,7 @@ def install(gpus: Sequence[int]) -> None:
     _replace_accelerator(len(gpus))
     _replace_pinned_memory()
     _replace_nccl()
+    _replace(_fsdp_param, alloc_storage=_always(None), free_storage=_free_storage)
     for types in (optimizer._foreach_supported_types, _foreach_utils._foreach_supported_types):
         types.append(GpuTensor)
     torch.backends.cudnn.enabled = False  # its operations have no numbers on a CPU
@@ -43,7 +45,13 @@ def install(gpus: Sequence[int]) -> None:
 
     threading.Thread.run = run_here  # type: ignore[method-assign]
     Here().__enter__()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…) makes it on the host, and then copies it here
     torch.autograd.set_multithreading_enabled(False).__enter__()  # autograd's threads would not be here
+
+
+def _free_storage(tensor: GpuTensor) -> None:
+    """FSDP2 takes a tensor's memory away and gives it back later; in between its numbers are not to be used."""
+    tensor.inner.fill_(float("nan"))
 
 
 class Event:
@@ -81,6 +89,7 @@ class Stream:
     """torch.cuda.Stream; whatever is put on one is executed in the program's order."""
 
     cuda_stream = stream_id = 0
+    device_type = 1  # CUDA's number
 
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: object) -> None:
         self.device = tensor.with_index("cuda" if device is None else _device(device))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
@@ -89,11 +90,13 @@ class Here(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it does so itself, with the tensors that it is made of
         return dispatch(operation, args, kwargs or {})
 
 
-class Pinned:
-    """Which of the host's memory is pinned."""
+class Storages:
+    """Some storages, as long as they live."""
 
     def __init__(self) -> None:
         self._storages: dict[int, StorageWeakRef] = {}
@@ -112,7 +115,10 @@ class Pinned:
         return reference is not None
 
 
-PINNED = Pinned()
+PINNED = Storages()
+"""Of the host's memory, what is pinned."""
+LENT = Storages()
+"""Numbers of the device that gloo has seen, and may give back as they are: a work's future holds them."""
 
 
 class Queue:
@@ -181,6 +187,13 @@ def outer(x: Any, device: torch.device) -> Any:
     return type(x)(outer(y, device) for y in x) if type(x) in (list, tuple) else x
 
 
+def _back(x: Any, device: torch.device) -> Any:
+    """What was lent, as tensors of the device again."""
+    if isinstance(x, Tensor):
+        return GpuTensor(x, device) if not isinstance(x, GpuTensor) and x in LENT else x
+    return type(x)(_back(y, device) for y in x) if type(x) in (list, tuple) else x
+
+
 def tensors_in(x: Any, found: list[Tensor]) -> list[Tensor]:
     if isinstance(x, Tensor):
         found.append(x)
@@ -199,6 +212,10 @@ def dispatch(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """Execute an operation on the numbers, if a GPU would; and record what it means to one."""
     tensors = tensors_in([*args, *kwargs.values()], [])
     gpu = [x for x in tensors if isinstance(x, GpuTensor)]
+    if gpu and len(gpu) < len(tensors) and any(x in LENT for x in tensors if not isinstance(x, GpuTensor)):
+        args = tuple(_back(x, gpu[0].device) for x in args)
+        tensors = tensors_in([*args, *kwargs.values()], [])
+        gpu = [x for x in tensors if isinstance(x, GpuTensor)]
     if operation is torch.ops.prim.device.default:
         return Tensor.device.__get__(args[0])
     if operation.namespace == "c10d":
@@ -322,6 +339,8 @@ def _exchange(
     """A collective: gloo carries what NCCL would."""
     if gpu and not whole:
         raise RuntimeError(f"Expected all tensors to be on the same device: {operation}")
+    for x in gpu:
+        LENT.add(x.inner)
     result = operation(*inner(args), **{k: inner(x) for k, x in kwargs.items()})
     arrived = {id(x.inner): x for x in gpu}
 
