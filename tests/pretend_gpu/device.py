@@ -14,9 +14,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils import _foreach_utils
 
-from tests.pretend_gpu import tensor
 from tests.pretend_gpu.record import RECORD
-from tests.pretend_gpu.tensor import PINNED, QUEUE, GpuTensor, Here
+from tests.pretend_gpu.tensor import PINNED, QUEUE, GpuTensor, Here, with_index
 
 GIB = 1 << 30
 optimizer = importlib.import_module("torch.optim.optimizer")  # a name that torch.optim deletes
@@ -92,7 +91,7 @@ class Stream:
     device_type = 1  # CUDA's number
 
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: object) -> None:
-        self.device = tensor.with_index("cuda" if device is None else _device(device))
+        self.device = with_index("cuda" if device is None else _device(device))
         self.device_index = self.device.index
 
     def synchronize(self) -> None:
@@ -133,17 +132,6 @@ def _always(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def _exchange_device(index: int) -> int:
-    before = tensor.current
-    if index >= 0:
-        tensor.current = index
-    return before
-
-
-def _set_device(device: Any) -> None:
-    _exchange_device(-1 if (index := _device(device).index) is None else index)
-
-
 def _synchronize(device: object = None) -> None:
     RECORD.wait("the device")
     QUEUE.wait()
@@ -151,7 +139,7 @@ def _synchronize(device: object = None) -> None:
 
 def _replace_cuda(gpus: Sequence[int]) -> None:
     def properties(device: Any = None) -> SimpleNamespace:
-        index = tensor.with_index("cuda" if device is None else _device(device)).index
+        index = with_index("cuda" if device is None else _device(device)).index
         return SimpleNamespace(
             name="pretended GPU",
             major=9,
@@ -168,10 +156,6 @@ def _replace_cuda(gpus: Sequence[int]) -> None:
         is_initialized=_always(True),
         is_available=_always(True),
         device_count=_always(len(gpus)),
-        current_device=lambda: tensor.current,
-        set_device=_set_device,
-        _exchange_device=_exchange_device,
-        _maybe_exchange_device=_exchange_device,
         synchronize=_synchronize,
         is_bf16_supported=_always(True),
         is_current_stream_capturing=_always(False),
@@ -208,9 +192,9 @@ def _replace_accelerator(count: int) -> None:
         is_available=_always(True),
         current_accelerator=_always(cuda),
         device_count=_always(count),
-        current_device_index=lambda: tensor.current,
-        set_device_index=_set_device,
-        set_device_idx=_set_device,
+        current_device_index=torch.cuda.current_device,
+        set_device_index=torch.cuda.set_device,
+        set_device_idx=torch.cuda.set_device,
         synchronize=_synchronize,
         current_stream=torch.cuda.current_stream,
     )

@@ -61,6 +61,9 @@ class GpuTensor(Tensor):
     def is_pinned(self, device: object = None) -> bool:
         return False
 
+    def record_stream(self, stream: object) -> None:
+        """Memory is given back by the host here."""
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -165,8 +168,6 @@ class Queue:
 
 
 QUEUE = Queue()
-current = 0
-"""The number of the current device."""
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -205,7 +206,8 @@ def tensors_in(x: Any, found: list[Tensor]) -> list[Tensor]:
 
 def with_index(device: torch.device | str) -> torch.device:
     device = torch.device(device)
-    return torch.device("cuda", current) if device.type == "cuda" and device.index is None else device
+    no_index = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if no_index else device
 
 
 def dispatch(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
