@@ -263,6 +263,13 @@ class Trainer:
                         worker.spoilt, spoilt[worker.index] = True, where
                         tally = replace(tally, loss=0.0, right=0, images=0)
                     self.meter.tally(worker.index, tally)
+        except RuntimeError as error:
+            if "does not have a deterministic implementation" not in str(error):
+                raise
+            what = str(error).split(" does not have ")[0]
+            raise UserError(
+                f"torch has no deterministic form of {what}, which {config.model} uses: leave --deterministic out"
+            ) from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

@@ -1,17 +1,13 @@
 """The trainer on a CUDA device that is not there: what a run on the CPU cannot show of what touches a GPU."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from resist_ds.comm import Comm
-from tests import THREADS, pretend_gpu, saved
+from tests import THREADS, pretend_gpu
 from tests.pretend_gpu.start import Job, Ranks, build
-from tests.pretend_gpu.trial import Seen, train, train_all
+from tests.pretend_gpu.trial import Seen, train_all
 
 pytestmark = [
     pytest.mark.ranks,
@@ -102,5 +98,3 @@ def test_exchanges_go_where_they_can(seen: dict[str, list[Seen]], name: str) -> 
         buffers = "cpu" if gpus is SHARED else device
         assert found.devices == (device, buffers)
         assert found.carrier == {1: "none", 2: "gloo" if gpus is SHARED else "nccl"}[len(gpus)]
-
-
