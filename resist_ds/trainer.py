@@ -268,7 +268,8 @@ class Trainer:
                 raise
             what = str(error).split(" does not have ")[0]
             raise UserError(
-                f"torch has no deterministic form of {what}, which {config.model} uses: leave --deterministic out"
+                f"torch has no deterministic form of {what}, which {config.model} uses: "
+                "leave --deterministic out"
             ) from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
