@@ -237,6 +237,8 @@ def deepspeed_comm() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its shared-memory op for CPUs costs a 40 s compile at the first start and is not needed here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        # Its shared-memory op for CPUs costs a 40 s compile at the first start and is not needed here. On a
+        # GPU it is not looked for, and a look at this list makes DeepSpeed try to build all its ops.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed.comm
