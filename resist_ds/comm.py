@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resist_ds.errors import RunError, UserError
 from resist_ds.launcher import Launch
-from resist_ds.rendezvous import meet
+from resist_ds.rendezvous import Identity, lack, meet, places
 
 T = TypeVar("T")
 
@@ -44,8 +44,10 @@ class Comm:
 
     Attributes:
         rank, size: r and R.
-        local_rank, local_size: the same on this machine.
+        local_rank, local_size: the same on this machine, as counted when all have met; a launcher's
+            LOCAL_RANK only says which of the visible GPUs to take.
         device: where this rank computes.
+        lack: why not every rank has a GPU of its own, in words, where some have one; else None.
         buffer_device: where exchange buffers live; the device, or the host where gloo carries them.
         ledger: bytes sent to other ranks.
     """
@@ -93,11 +95,15 @@ class Comm:
                     "between the machines, and name their network: GLOO_SOCKET_IFNAME (docs/multi-node.md)"
                 ) from error
             dist.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
-        shared_gpu = any(self.gather(self.local_size > gpus))
-        self.buffer_device = torch.device("cpu") if shared_gpu else self.device
-        if self.size > 1 and self.buffer_device.type == "cuda":
+        found = places(self.gather(Identity.of(self.device)))
+        self.local_rank, self.local_size = found[self.rank].local_rank, found[self.rank].local_size
+        self.lack = lack(found)
+        self.buffer_device = torch.device("cpu") if self.lack else self.device
+        if self.backend == "nccl":
             # NCCL's first operation must be everyone's; in an exchange some ranks may have nothing to move.
-            torch.distributed.all_reduce(torch.zeros(1, device=self.device))
+            one = torch.zeros(1, device=self.device)
+            with self.others():
+                self._finish([torch.distributed.all_reduce(one, async_op=True)])
 
     @cached_property
     def alone(self) -> torch.distributed.ProcessGroup | None:
