@@ -151,7 +151,7 @@ class Comm:
             self._finish(dist.batch_isend_irecv(operations) if operations else [])
 
     def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
-        """Start sending `tensor` from rank `root` to all; returns the wait. Both collective: all ranks."""
+        """Start sending `tensor` from `root` to all ranks; returns the wait. Collective: all ranks, both."""
         if self.size == 1:
             return lambda: None
         if self.rank == root:
@@ -215,7 +215,7 @@ class Comm:
             torch.distributed.destroy_process_group()
 
     def _finish(self, works: Sequence[Any]) -> None:
-        """Wait until operations that all ranks have begun are done. Collective over NCCL: all ranks.
+        """Wait until operations that all ranks have begun are done. Collective: all ranks, over NCCL.
 
         (Where NCCL itself reports an error, torch's watchdog ends the process, within a second.)
         """
