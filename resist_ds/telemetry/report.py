@@ -263,8 +263,8 @@ def _span(workers: Sequence[int]) -> str:
 
 def _device(comm: Comm) -> str:
     if comm.device.type == "cuda":
-        shared = ", shared by several ranks" if comm.backend == "gloo" else ""
-        return f"{torch.cuda.get_device_name(comm.device)}{shared}"
+        name = torch.cuda.get_device_name(comm.device)
+        return f"{name} ({comm.lack})" if comm.lack else name
     return "CPU"
 
 
