@@ -161,10 +161,13 @@ class Comm:
         return self.others()(lambda: self._finish([work]))
 
     def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
-        """Stack every rank's [n, …] rows, rank-major, in host memory. Collective: all ranks, equal shapes."""
-        rows = rows.cpu().contiguous()
+        """Stack every rank's [n, …] rows, rank-major, on the device or in host memory, as exchanges go.
+
+        Collective: all ranks, equal shapes.
+        """
         if self.size == 1:
             return rows
+        rows = rows.to(self.buffer_device).contiguous()
         self.ledger[kind] += (self.size - 1) * rows.nbytes
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
         with self.others():

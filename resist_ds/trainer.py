@@ -375,10 +375,10 @@ class Trainer:
         return f"--resume auto goes on from {there}"
 
     def _copies(self) -> dict[str, int]:
-        """Bytes of host memory of optional copies, on the rank that has most. Collective: all ranks."""
-        of_ranks = self.comm.gather((self.workers.copies, self.saver.copies))
-        round_start, snapshot = map(max, zip(*of_ranks, strict=True))
-        return {"on_nan skip": round_start, "checkpoint_async": snapshot}
+        """Bytes of host memory beside what is measured, on the rank that has most. Collective: all ranks."""
+        of_ranks = self.comm.gather((self.workers.idle, self.workers.copies, self.saver.copies))
+        idle, round_start, snapshot = map(max, zip(*of_ranks, strict=True))
+        return {"workers": idle, "on_nan skip": round_start, "checkpoint_async": snapshot}
 
     def _after(self, round: int) -> Position:
         """Where the run is when `round` is done."""

@@ -1,5 +1,6 @@
 """Tensors of the pretended device: a wrapper that says `cuda:N` around numbers on the CPU."""
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -130,12 +131,22 @@ class Queue:
     def __init__(self) -> None:
         self._begun = 0
         self._waiting: dict[int, Callable[[], None]] = {}
+        self._memory: dict[int, tuple[int, int]] = {}  # of the host, that each of them touches
+        self._lock = threading.RLock()  # a checkpoint's thread waits too
+
+    def in_order(self, host: Tensor) -> None:
+        """Before another copy from or to this memory: a stream is done with what came before in it."""
+        start, stop = _span(host)
+        with self._lock:
+            for number, (first, last) in list(self._memory.items()):
+                if first < stop and start < last:
+                    self._finish(number)
 
     def begin_download(self, host: Tensor, values: Tensor) -> None:
         """The numbers arrive when they are waited for; until then there are others."""
         values = values.to(host.dtype, copy=True)
         host.fill_(float("nan") if host.is_floating_point() else torch.iinfo(host.dtype).max)
-        self._add(lambda: host.copy_(values))
+        self._add(lambda: host.copy_(values), host)
 
     def begin_upload(self, host: Tensor) -> None:
         """The numbers must stay what they are until the copy was waited for."""
@@ -147,7 +158,7 @@ class Queue:
                     f"pinned memory {tuple(values.shape)} was overwritten while it was copied from"
                 )
 
-        self._add(check)
+        self._add(check, host)
 
     def mark(self) -> int:
         """What has been begun up to now: an event."""
@@ -155,19 +166,32 @@ class Queue:
 
     def wait(self, mark: int | None = None) -> None:
         """Until all that was begun before the mark, or before now, is done."""
-        due = [number for number in self._waiting if mark is None or number <= mark]
-        for number in due:
-            self._waiting.pop(number)()
+        with self._lock:
+            due = [number for number in self._waiting if mark is None or number <= mark]
+            for number in due:
+                self._finish(number)
 
     def done(self, mark: int) -> bool:
-        return all(number > mark for number in self._waiting)
+        with self._lock:
+            return all(number > mark for number in self._waiting)
 
-    def _add(self, finish: Callable[[], object]) -> None:
-        self._begun += 1
-        self._waiting[self._begun] = finish  # type: ignore[assignment]
+    def _add(self, finish: Callable[[], object], host: Tensor) -> None:
+        with self._lock:
+            self._begun += 1
+            self._waiting[self._begun] = finish  # type: ignore[assignment]
+            self._memory[self._begun] = _span(host)
+
+    def _finish(self, number: int) -> None:
+        del self._memory[number]
+        self._waiting.pop(number)()
 
 
 QUEUE = Queue()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where a dense tensor's memory begins and ends."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -328,6 +352,7 @@ def _begin_copy(host: Tensor, pinned: bool, non_blocking: bool, to_device: bool)
     """Record a copy, wait for it if it blocks; whether it goes on in the background."""
     blocking = not non_blocking or (not pinned and not to_device)
     RECORD.copy(Copy(to_device, pinned, blocking))
+    QUEUE.in_order(host)
     if blocking:
         QUEUE.wait()
     elif pinned and to_device:
