@@ -52,8 +52,8 @@ RUNS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     "two ranks, one GPU, AdamW, bf16": (SHARED, {"workers": 2} | ADAMW | BF16),
 }
 
-KNOWN: dict[str, list[str]] = {  # what a local step still does that it must not: {where and what: on which runs}
-}
+KNOWN: dict[str, list[str]] = {}
+"""What a local step still does that it must not: {where and what: on which runs}."""
 
 
 @pytest.fixture(scope="module")
