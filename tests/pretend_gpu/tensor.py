@@ -195,6 +195,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
+    if not tensor.numel():  # what numpy has made has strides then that allow no such view
+        return torch.empty(0, dtype=torch.uint8)
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 
