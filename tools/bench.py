@@ -4,6 +4,7 @@
     sudo python tools/bench.py --strategies resist,ddp --workers 4 --link 1gbit   # behind a slow network
     python tools/bench.py --what local,sync,save --workers 2,4                    # ours against bare work
     python tools/bench.py --what data --workers 4 --batch_size 128 --img_size 224 # do the data keep up?
+    python tools/bench.py --what step --workers 4 --batch_size 128 --mixed_precision bf16 --channels_last
 
 Options of train.py mean the same here (--model, --batch_size, --local_steps, ...). The figures go to the
 screen and to --output_dir: of strategies as JSON, Markdown and PNG, of the machinery as JSON.
@@ -105,7 +106,7 @@ def compare(asked: Asked, command: Sequence[str]) -> None:
 def machinery(asked: Asked) -> None:
     """Ours against bare work, part by part."""
     ranks.warm()
-    from tools.benchmark import delivery, micro
+    from tools.benchmark import delivery, micro, throughput
 
     folder = _folder(asked.output_dir)
     config = asked.config
@@ -117,11 +118,13 @@ def machinery(asked: Asked) -> None:
     for workers in asked.workers:
         for part in asked.parts:
             played, times = replace(config, workers=workers), (asked.repeats, asked.steps)
-            figures[f"{part} W={workers}"] = (
-                delivery.measure(played, *times, photos=asked.photos)
-                if part == "data"
-                else micro.measure(played, part, *times, folder=folder)
-            )
+            if part == "data":
+                found = delivery.measure(played, *times, photos=asked.photos)
+            elif part == "step":
+                found = throughput.measure(played, *times, modes=asked.modes)
+            else:
+                found = micro.measure(played, part, *times, folder=folder)
+            figures[f"{part} W={workers}"] = found
     _write(folder / "machinery.json", figures)
 
 

@@ -127,12 +127,12 @@ class TorchEngine(TorchStep):
 
     def load(self, worker: Worker) -> None:
         if worker.vector is not self.subnet.vector:
-            self.subnet.vector.copy_(worker.vector)
+            self.subnet.vector.copy_(worker.vector, non_blocking=True)
         self._scaler = worker.scaler
 
     def store(self, worker: Worker) -> None:
         if worker.vector is not self.subnet.vector:
-            worker.vector.copy_(self.subnet.vector)
+            worker.vector.copy_(self.subnet.vector, non_blocking=True)
 
     def is_finite(self) -> bool:
         return is_finite(self.subnet.vector)

@@ -86,6 +86,8 @@ class Workers(RankWorkers):
                 self.engine.store(worker)
             elif self._round_start is not None:
                 worker.vector.copy_(self._round_start)
+        if self._comm.device.type == "cuda":  # idle workers' vectors are on their way back to the host
+            torch.cuda.synchronize(self._comm.device)
 
     @property
     def loss_scales(self) -> dict[int, dict[str, Any]]:

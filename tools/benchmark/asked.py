@@ -14,7 +14,9 @@ from resist_ds.options.config import Config
 from resist_ds.options.strategy import STRATEGIES
 from tools.benchmark import link
 
-PARTS = ("local", "sync", "save", "data")  # of the machinery
+PARTS = ("local", "sync", "save", "data", "step")  # of the machinery
+MODES: dict[str, Any] = {"eager": "default", "compiled": "default", "graphed": "reduce-overhead"}
+"""Of a local step: their --compile_mode; only eager is without --compile."""
 # These train alone and average once a round; the others average at every step, with one worker per rank.
 ONCE_A_ROUND = frozenset(name for name, way in STRATEGIES.items() if not way.lockstep)
 DEFAULTS = {
@@ -52,6 +54,7 @@ class Asked:
         workers: numbers of workers; of a comparison one.
         bits: a second of every rank's link, or None.
         photos: an image folder for what data take, or None: one is made.
+        modes: in which a step is measured; none: all that the device has.
     """
 
     config: Config
@@ -65,6 +68,7 @@ class Asked:
     output_dir: Path
     timeout: float
     photos: Path | None
+    modes: tuple[str, ...]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +82,9 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--strategies", metavar="A,B,...", help="of train.py's --strategy, to be compared")
-    parser.add_argument("--what", metavar="local,sync,save,data", help="parts of the machinery [all]")
+    parser.add_argument(
+        "--what", metavar="A,B,...", help=f"parts of the machinery, of {','.join(PARTS)} [all but step]"
+    )
     parser.add_argument(
         "--workers", metavar="W", help="of a comparison; else several, separated by commas [2,4]"
     )
@@ -89,8 +95,11 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
     parser.add_argument(
         "--data_dir", type=Path, help="image folder for --what data [one of its own, of noise]"
     )
+    parser.add_argument(
+        "--modes", metavar="A,B,...", help=f"of --what step: {','.join(MODES)} [all; on a CPU eager]"
+    )
     parser.add_argument("--repeats", type=int, help="[3, or 7 of each part]")
-    parser.add_argument("--steps", type=int, default=3, help="in a repeat of --what local and data [3]")
+    parser.add_argument("--steps", type=int, default=3, help="in a repeat of --what local, data, step [3]")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/bench"), help="for the figures [runs/bench]"
     )
@@ -104,6 +113,11 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
     parts = _parts(given.what)
     if given.data_dir is not None and (compared or "data" not in parts):
         raise UserError("--data_dir is for --what data: type that too, or leave it out")
+    modes = tuple(given.modes.split(",")) if given.modes else ()
+    if modes and (compared or "step" not in parts):
+        raise UserError("--modes is for --what step: type that too, or leave it out")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise UserError(f"--modes names {unknown[0]!r}: type some of {','.join(MODES)}")
     for name in ("repeats", "steps", "timeout"):
         if (value := getattr(given, name)) is not None and value <= 0:
             raise UserError(f"--{name} is {value}: type a number above 0")
@@ -129,6 +143,7 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
         output_dir=given.output_dir.expanduser(),
         timeout=given.timeout,
         photos=given.data_dir and given.data_dir.expanduser(),
+        modes=modes,
     )
 
 
@@ -143,7 +158,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _parts(text: str | None) -> tuple[str, ...]:
-    parts = PARTS if text in (None, "all") else tuple(str(text).split(","))
+    parts = PARTS[:-1] if text is None else PARTS if text == "all" else tuple(str(text).split(","))
     for part in parts:
         if part not in PARTS:
             raise UserError(f"--what is {part!r}: type some of {','.join(PARTS)}")

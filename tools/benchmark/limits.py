@@ -83,7 +83,7 @@ def bare_loop(device: torch.device, config: Config, slots: int) -> Callable[[], 
     net = net.to(memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     # A small rate: the numbers must stay finite, and cost the same.
     optimizer = optimizer_of(replace(config, lr=1e-4), list(net.parameters()))
-    forward = torch.compile(net) if config.compile else net
+    forward = torch.compile(net, mode=config.compile_mode) if config.compile else net
     x, y = images(config, device)
 
     def step() -> None:
@@ -112,6 +112,8 @@ def images(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch of noise."""
     side = config.img_size or 32
     x = torch.randn(config.batch_size, 3, side, side, device=device, dtype=getattr(torch, config.dtype))
+    if config.channels_last:  # as a run's batches are
+        x = x.contiguous(memory_format=torch.channels_last)
     return x, torch.arange(config.batch_size, device=device) % CLASSES
 
 
