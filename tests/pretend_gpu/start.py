@@ -1,4 +1,4 @@
-"""Starts ranks that see pretended GPUs, each a process of its own: there is no way back from believing in them."""
+"""Starts ranks that see pretended GPUs, each a process: there is no way back from believing in them."""
 
 import os
 import pickle

@@ -129,25 +129,30 @@ class Queue:
 
     def __init__(self) -> None:
         self._begun = 0
-        self._waiting: dict[int, Callable[[], None]] = {}
+        self._waiting: dict[int, Callable[[], object]] = {}
+        self._from: dict[int, Tensor] = {}  # what is copied from
 
     def begin_download(self, host: Tensor, values: Tensor) -> None:
         """The numbers arrive when they are waited for; until then there are others."""
+        place = host.untyped_storage()._cdata
+        for number in [n for n, source in self._from.items() if source.untyped_storage()._cdata == place]:
+            self._finish(number)  # which comes first in the device's order too
         values = values.to(host.dtype, copy=True)
         host.fill_(float("nan") if host.is_floating_point() else torch.iinfo(host.dtype).max)
-        self._add(lambda: host.copy_(values))
+        self._begin(lambda: host.copy_(values))
 
     def begin_upload(self, host: Tensor) -> None:
         """The numbers must stay what they are until the copy was waited for."""
-        values, where = host.clone(), _bytes(host).clone()
+        values = _bytes(host).clone()
 
         def check() -> None:
-            if not torch.equal(where, _bytes(host)):
+            if not torch.equal(values, _bytes(host)):
                 raise RuntimeError(
-                    f"pinned memory {tuple(values.shape)} was overwritten while it was copied from"
+                    f"pinned memory {tuple(host.shape)} was overwritten before its copy was done"
                 )
 
-        self._add(check)
+        self._begin(check)
+        self._from[self._begun] = host
 
     def mark(self) -> int:
         """What has been begun up to now: an event."""
@@ -155,16 +160,19 @@ class Queue:
 
     def wait(self, mark: int | None = None) -> None:
         """Until all that was begun before the mark, or before now, is done."""
-        due = [number for number in self._waiting if mark is None or number <= mark]
-        for number in due:
-            self._waiting.pop(number)()
+        for number in [n for n in self._waiting if mark is None or n <= mark]:
+            self._finish(number)
 
     def done(self, mark: int) -> bool:
         return all(number > mark for number in self._waiting)
 
-    def _add(self, finish: Callable[[], object]) -> None:
+    def _begin(self, finish: Callable[[], object]) -> None:
         self._begun += 1
-        self._waiting[self._begun] = finish  # type: ignore[assignment]
+        self._waiting[self._begun] = finish
+
+    def _finish(self, number: int) -> None:
+        self._from.pop(number, None)
+        self._waiting.pop(number)()
 
 
 QUEUE = Queue()
