@@ -26,6 +26,7 @@ from resist_ds.errors import DataError, NotFiniteError, RunError, Stopped, UserE
 from resist_ds.launcher import Launch
 from resist_ds.memory import one_line_when_out
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import choose_kernels
 from resist_ds.nets.subnet import Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation, Result
@@ -101,7 +102,7 @@ class Trainer:
         # Launchers differ in the thread counts that they set, and on a CPU results differ with these.
         self.config = config = replace(config, cpu_threads=start.threads(comm.local_size))
         torch.set_num_threads(config.cpu_threads)
-        torch.backends.cudnn.benchmark = True  # shapes never change
+        choose_kernels(config)
 
         layout = Layout(start.workers(comm.size), comm.size)
         self.data = self._load_data()

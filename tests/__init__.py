@@ -8,3 +8,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 THREADS = int(os.environ.get("RESIST_TEST_THREADS", "1"))
 """Of each rank, and of the tests that compute in this process; `make portable` tries two."""
+
+HIDDEN_GPUS = "RESIST_TEST_HIDDEN_GPUS"
+"""The variable that says how many GPUs are there and hidden from the tests."""

@@ -16,23 +16,38 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import THREADS
+from tests import HIDDEN_GPUS, THREADS
 
 settings.register_profile("shared machine", deadline=None)  # an example's time says nothing on a busy core
 settings.load_profile("shared machine")
 
 # Forked from one process that has imported everything once: a rank starts in milliseconds instead of 5 s.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.warm"])
 
 Ranks = Callable[..., list[Any]]
 HANGS = 75  # seconds, below the time-out of run_ranks
 
 
-def pytest_configure() -> None:
-    """A script's background job inherits deaf ears for SIGINT, and so would all that the tests signal."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is looked at: which device it is for, and who hears signals.
+
+    What the tests ask for in bits is promised for CPUs, so they run there on every machine; those of GPUs,
+    which `pytest -m gpu` selects, say what holds on these.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault(HIDDEN_GPUS, str(torch.cuda.device_count()))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # What has looked at a GPU cannot be forked: its ranks would be refused by CUDA.
+        _CONTEXT.set_forkserver_preload(["tests.warm"])
+    # A script's background job inherits deaf ears for SIGINT, and so would all that the tests signal.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of GPUs are skipped, visibly, where none is seen."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU (where there is one, pytest -m gpu runs it)")
 
 
 def _rank(

@@ -315,7 +315,9 @@ class _Simulation:
 
 def arrays(state: StateDict) -> dict[str, dict[str, np.ndarray]]:
     """A copy of a state dict that can travel between processes."""
-    return {name: {kind: t.detach().numpy().copy() for kind, t in of.items()} for name, of in state.items()}
+    return {
+        name: {kind: t.detach().cpu().numpy().copy() for kind, t in of.items()} for name, of in state.items()
+    }
 
 
 def held(trainer: Trainer) -> dict[int, dict[str, dict[str, np.ndarray]]]:

@@ -3,7 +3,7 @@
 An engine works on one net that stays where it is; the workers of a rank take turns in it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -79,12 +79,14 @@ class TorchStep:
         score = Score(x.device)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        self._refresh()
         for x_part, y_part, last in micro_batches(x, y, config.accumulation_steps):
             with self._micro_batch(last):
                 with autocast(config, x.device):
                     logits = self.forward(x_part)
                     loss = F.cross_entropy(logits, y_part, label_smoothing=config.label_smoothing)
                 self._scaler.scale(loss / config.accumulation_steps).backward()
+            self._collect()
             score.add(logits, y_part, loss)
         if config.clip_grad:
             self._scaler.unscale_(optimizer)
@@ -93,6 +95,12 @@ class TorchStep:
         self._scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return score.loss, score.right
+
+    def _refresh(self) -> None:
+        """Before a step: what the net computes with follows the parameters."""
+
+    def _collect(self) -> None:
+        """After each backward pass: all gradients come to the parameters."""
 
     def _micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """The context of a micro-batch: ranks that average gradients do so behind the last one."""
@@ -103,11 +111,19 @@ class TorchEngine(TorchStep):
     """Torch's own step, in place on the sub-ResNet's vector; DistributedDataParallel may stand around it."""
 
     def __init__(self, subnet: Subnet, config: Config):
-        forward: nn.Module = subnet.module
-        if config.compile:
-            forward = torch.compile(subnet.module)  # type: ignore[assignment]
-        super().__init__(forward, list(subnet.module.parameters()), subnet.optimizer, config)
+        forward, weights = self._compiled(subnet.module, config), list(subnet.weights.values())
+        super().__init__(forward, weights, subnet.optimizer, config)
         self.subnet = subnet
+
+    def wrap(self, around: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `around` around the net, which is compiled with it: inside of it nothing could overlap."""
+        self.forward = self._compiled(around(self.subnet.module), self._config)
+
+    @staticmethod
+    def _compiled(module: nn.Module, config: Config) -> nn.Module:
+        if not config.compile:
+            return module
+        return torch.compile(module, mode=config.compile_mode)  # type: ignore[return-value]
 
     def load(self, worker: Worker) -> None:
         if worker.vector is not self.subnet.vector:
@@ -120,6 +136,12 @@ class TorchEngine(TorchStep):
 
     def is_finite(self) -> bool:
         return is_finite(self.subnet.vector)
+
+    def _refresh(self) -> None:
+        self.subnet.refresh()
+
+    def _collect(self) -> None:
+        self.subnet.collect()
 
     def _micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else getattr(self.forward, "no_sync", nullcontext)()

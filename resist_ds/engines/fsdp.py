@@ -11,7 +11,7 @@ from resist_ds.engines.engine import TorchStep
 from resist_ds.engines.parallel import local, shard_fully, share, whole
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.optimizer import optimizer_of
-from resist_ds.nets.precision import is_finite
+from resist_ds.nets.precision import is_finite, low_precision
 from resist_ds.nets.subnet import OptimizerState, Worker, use_batch_statistics
 from resist_ds.options.config import Config
 
@@ -26,7 +26,7 @@ class FSDPEngine(TorchStep):
         """Spread an empty net. Collective: all ranks."""
         net = blueprint.subnet(blueprint.pool).to(getattr(torch, config.dtype))
         blocks = [part for part in net.modules() if type(part) in blueprint.family.branch_end]
-        self._sharded = shard_fully(comm, net, blocks)
+        self._sharded = shard_fully(comm, net, blocks, low_precision(config))
         net.to_empty(device=comm.device)
         use_batch_statistics(net, like=torch.empty(0, dtype=getattr(torch, config.dtype), device=comm.device))
         if config.activation_checkpointing:

@@ -19,7 +19,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,18 +50,24 @@ def data_parallel(comm: Comm, module: nn.Module) -> nn.Module:
     return parallel
 
 
-def shard_fully(comm: Comm, module: nn.Module, units: Iterable[nn.Module]) -> FSDPModule:
+def shard_fully(
+    comm: Comm, module: nn.Module, units: Iterable[nn.Module], low: torch.dtype | None
+) -> FSDPModule:
     """Spread a meta-device module over all ranks with FSDP2, each unit gathered on its own and dropped again.
 
     Collective: all ranks.
+
+    Args:
+        low: in which parameters are gathered and computed with; their gradients are summed in float32.
     """
     _check_devices(comm, "fsdp")
     _join_alone(comm)
     # Some of timm's heads end in a view; nobody changes the logits in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(comm.device.type, (comm.size,))
+    policy = MixedPrecisionPolicy() if low is None else MixedPrecisionPolicy(low, reduce_dtype=torch.float32)
     for part in (*units, module):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
         if comm.size > 1:
             _count_fsdp(comm, part)
     assert isinstance(module, FSDPModule)

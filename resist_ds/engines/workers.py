@@ -10,6 +10,7 @@ steps have turned out well: an idle worker's is there anyway, a lone worker's is
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Workers(RankWorkers):
                 data_parallel,  # which imports much that the others do not need
             )
 
-            self.engine.forward = data_parallel(self._comm, self.engine.forward)
+            self.engine.wrap(partial(data_parallel, self._comm))
 
     def turns(self) -> Iterator[Worker]:
         """Every worker in turn, its state in the engine for as long; a spoilt one's is as before."""
@@ -104,6 +105,7 @@ class Workers(RankWorkers):
         if isinstance(self.engine, TorchEngine):
             if first is not self.subnet.vector:
                 self.subnet.vector.copy_(first)
+            self.subnet.refresh()
             return self.subnet, self.vectors
         alone = {worker: self.layout.only_parameters(vector) for worker, vector in self.vectors.items()}
         on_device = next(iter(alone.values())).to(self._comm.device)

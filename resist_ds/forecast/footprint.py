@@ -131,14 +131,14 @@ class Footprints:
 
     def __init__(self, blueprint: Blueprint, config: Config, least: int, img_size: int, device: Device):
         self._range = least, blueprint.pool
-        self._counted = [
+        self.counted = [
             count(blueprint, config, slots, img_size, device) for slots in dict.fromkeys(self._range)
         ]
 
     def usage(self, slots: int, batch: int) -> Usage:
         """Of a step with `slots` pool blocks on `batch` images."""
         least, most = self._range
-        first, last = self._counted[0].usage(batch), self._counted[-1].usage(batch)
+        first, last = self.counted[0].usage(batch), self.counted[-1].usage(batch)
         return first.towards(last, (slots - least) / (most - least)) if most > least else first
 
 
@@ -150,8 +150,8 @@ def count(
     Args:
         config: of it count dtype, optimizer, mixed_precision, activation_checkpointing, label_smoothing.
         img_size: side of the images in pixels.
-        device: what the step is to run on: SGD updates all tensors at once on a GPU, and one by one on
-            a CPU, where its temporary copy of the gradients is that of one tensor.
+        device: what the step is to run on: SGD is one kernel without temporary copies on a GPU, and goes
+            tensor by tensor on a CPU, with a copy of one tensor's gradient.
     """
     small, large = _counts(blueprint, config, slots, img_size, device, BATCHES)
     assert small.held == large.held and small.state == large.state
@@ -185,12 +185,12 @@ def _counts(
     with FakeTensorMode(allow_non_fake_inputs=True), counter:
         subnet = Subnet(ready, StateLayout.of(blueprint, config, slots), config, torch.device("cpu"))
         if config.optimizer == "sgd":
-            subnet.optimizer.param_groups[0]["foreach"] = device == "cuda"
+            subnet.optimizer.param_groups[0] |= {"foreach": False, "fused": device == "cuda"}
         for parameter in subnet.module.parameters():
             parameter.register_post_accumulate_grad_hook(counter.finished)
         for batch in batches:
             counts.append(counter.start())
-            _step(subnet, counts[-1], config, batch, img_size)
+            _step(subnet, counter, config, batch, img_size)
     return counts
 
 
@@ -236,15 +236,15 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._count = _Count(0)
+        self.count = _Count(0)
         self._known: set[int] = set()
         self._gradients: set[int] = set()
         self._bytes = self._held = 0
 
     def start(self) -> _Count:
         """What is live now is the state: a step begins, and is counted in what is returned."""
-        self._count = _Count(self._bytes)
-        return self._count
+        self.count = _Count(self._bytes)
+        return self.count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -253,9 +253,9 @@ class _Counter(TorchDispatchMode):
                 self._see(tensor.untyped_storage())
         flops = flop_registry.get(func.overloadpacket)
         if flops is not None:
-            self._count.multiply_adds += flops(*args, **(kwargs or {}), out_val=out) // 2
-        self._count.live.append(self._bytes)
-        self._count.held.append(self._held)
+            self.count.multiply_adds += flops(*args, **(kwargs or {}), out_val=out) // 2
+        self.count.live.append(self._bytes)
+        self.count.held.append(self._held)
         return out
 
     def finished(self, parameter: Tensor) -> None:
@@ -281,14 +281,19 @@ class _Counter(TorchDispatchMode):
             self._held -= size
 
 
-def _step(subnet: Subnet, count: _Count, config: Config, batch: int, img_size: int) -> None:
-    """The step of `local.local_steps`, on zeros."""
+def _step(subnet: Subnet, counter: _Counter, config: Config, batch: int, img_size: int) -> None:
+    """The step of `engine.TorchStep`, on zeros."""
+    count = counter.count
+    subnet.refresh()
     x = torch.zeros(batch, 3, img_size, img_size, dtype=subnet.vector.dtype)
     y = torch.zeros(batch, dtype=torch.long)
     with autocast(config, subnet.vector.device):
         loss = F.cross_entropy(subnet.module(x), y, label_smoothing=config.label_smoothing)
     count.forward = len(count.live)
     loss.backward()
+    subnet.collect()
+    for parameter in subnet.weights.values():
+        counter.finished(parameter)
     count.backward = len(count.live)
     subnet.optimizer.step()
     subnet.optimizer.zero_grad(set_to_none=True)

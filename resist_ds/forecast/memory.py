@@ -5,7 +5,7 @@ published formulas.
 """
 
 from resist_ds.forecast.footprint import Usage
-from resist_ds.forecast.traffic import fsdp_units
+from resist_ds.forecast.traffic import fsdp_units, gathered_itemsize
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
@@ -46,7 +46,7 @@ def _peak(strategy: str, ranks: int, usage: Usage, held: int, blueprint: Bluepri
     if strategy in ("fsdp", "zero3") and ranks > 1:
         # whole: the root's weights and gradients, those of one block, and of the next that is fetched
         root, *blocks = fsdp_units(blueprint, ranks)
-        gathered = (2 * root + 4 * max(blocks)) * itemsize(config)
+        gathered = (root + 2 * max(blocks)) * (gathered_itemsize(strategy, config) + itemsize(config))
     return held + usage.passes + gathered + _bucket(strategy)
 
 

@@ -112,16 +112,15 @@ class Plan:
     def __init__(self, question: Question):
         self.question = question
         least = min(map(question.slots, question.workers))
-        self._footprints = {
-            checkpointing: Footprints(
-                question.blueprint,
-                replace(question.config, activation_checkpointing=checkpointing),
-                least,
-                question.img_size,
-                question.device,
-            )
-            for checkpointing in (False, True)
-        }
+        self._footprints: dict[tuple[bool, bool], Footprints] = {}
+        for checkpointing in (False, True):
+            config = replace(question.config, activation_checkpointing=checkpointing)
+            place = (least, question.img_size, question.device)
+            alone = Footprints(question.blueprint, replace(config, strategy="resist"), *place)
+            lockstep = alone
+            if config.mixed_precision != "no":  # without the low-precision copies of all weights
+                lockstep = Footprints(question.blueprint, replace(config, strategy="ddp"), *place)
+            self._footprints |= {(False, checkpointing): alone, (True, checkpointing): lockstep}
         self.predictions = [
             self.predict(strategy, workers, activation_checkpointing=checkpointing)
             for checkpointing in (False, True)
@@ -149,8 +148,9 @@ class Plan:
         if strategy != "resist":
             slots = blueprint.pool
         slots = slots or question.slots(workers)
-        usage = self._footprints[activation_checkpointing].usage(slots, batch)
-        full = self._footprints[False].usage(blueprint.pool, batch)
+        lockstep = ways.STRATEGIES[strategy].lockstep
+        usage = self._footprints[lockstep, activation_checkpointing].usage(slots, batch)
+        full = self._footprints[lockstep, False].usage(blueprint.pool, batch)
 
         memory = memory_of(strategy, workers, slots, usage, blueprint, config)
         if strategy in ("resist", "local_sgd"):

@@ -44,10 +44,16 @@ def sent_per_step(strategy: str, blueprint: Blueprint, config: Config, ranks: in
     if strategy == "fsdp":
         root, *blocks = fsdp_units(blueprint, ranks)
         # The root's parameters stay from forward to backward; a block's are gathered for each.
-        return (ranks - 1) * (2 * root + 3 * sum(blocks)) * itemsize(config)
+        gathers, sums = root + 2 * sum(blocks), root + sum(blocks)
+        return (ranks - 1) * (gathers * gathered_itemsize(strategy, config) + sums * itemsize(config))
     # ZeRO-1, -2: DeepSpeed all-reduces buckets of gradients, and gathers the updated weights. ZeRO-3 gathers
     # in both passes, at most: what it keeps, or has not dropped yet, travels once.
     return (ranks - 1) * everything * 3
+
+
+def gathered_itemsize(strategy: str, config: Config) -> int:
+    """Bytes of an element of the weights that are gathered; gradients are summed in the weights' own type."""
+    return 2 if strategy == "fsdp" and config.mixed_precision != "no" else itemsize(config)
 
 
 def fsdp_units(blueprint: Blueprint, ranks: int) -> list[int]:

@@ -35,16 +35,22 @@ class AdamW(_Undecorated, torch.optim.AdamW):
 def optimizer_of(
     config: Config, parameters: list[nn.Parameter], *, decorated: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer that a run's options ask for.
+    """The optimizer that a run's options ask for, in the form that is fastest where its parameters are.
 
     Args:
-        decorated: torch's own class, for those who look at the class (DeepSpeed).
+        decorated: torch's own class, for those who look at the class (DeepSpeed, FSDP2).
     """
+    on_gpu = parameters[0].device.type == "cuda"
     kind: Any
     if config.optimizer == "adamw":
         kind = torch.optim.AdamW if decorated else AdamW
-        # fused keeps the step counters on the device, where they travel with their piece
-        return kind(parameters, config.lr, config.two_betas, config.eps, config.weight_decay, fused=True)
+        # Both forms keep the step counters on the device, where they travel with their piece. CUDA's fused
+        # kernel takes a counter's bytes for float32, whatever it is; here it is of the weights' own type.
+        wide = on_gpu and config.dtype == "float64"
+        form = {"foreach": True, "capturable": True} if wide else {"fused": True}
+        optimizer = kind(parameters, config.lr, config.two_betas, config.eps, config.weight_decay, **form)
+        optimizer._warned_capturable_if_run_uncaptured = True  # that it is not captured is meant
+        return optimizer
     kind = torch.optim.SGD if decorated else SGD
     return kind(
         parameters,
@@ -52,4 +58,6 @@ def optimizer_of(
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        # One kernel for all tensors; and a loss scaler then asks it to leave a step out, not the host.
+        fused=(on_gpu and not decorated) or None,
     )

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resist_ds.nets.blueprint import Blueprint, Shapes
 from resist_ds.nets.optimizer import optimizer_of
+from resist_ds.nets.precision import low_precision
+from resist_ds.nets.shadow import Shadow
 from resist_ds.options.config import Config
 
 StateDict = dict[str, dict[str, Tensor]]  # {name: {"parameter": …, "momentum_buffer": …}}
@@ -221,7 +223,12 @@ def use_batch_statistics(module: nn.Module, like: Tensor) -> None:
 
 
 class Subnet:
-    """The one net on this rank's device, bound to a vector; the rank's workers take turns in it."""
+    """The one net on this rank's device, bound to a vector; the rank's workers take turns in it.
+
+    Attributes:
+        weights: what the optimizer updates, by timm's names; the net's own parameters, unless it computes
+            with copies of them in low precision (see `Shadow`).
+    """
 
     def __init__(
         self,
@@ -244,8 +251,41 @@ class Subnet:
         bind(self.module, {name: each.pop("parameter") for name, each in tensors.items()})
         if config.activation_checkpointing:
             self.module.set_grad_checkpointing()  # type: ignore[operator]
-        self.optimizer = optimizer_of(config, list(self.module.parameters()))
-        for name, parameter in self.module.named_parameters():
+        self.weights = dict(self.module.named_parameters())
+        self.optimizer = optimizer_of(config, list(self.weights.values()))
+        for name, parameter in self.weights.items():
             if tensors[name]:  # beforehand, since a parameter without a gradient would never get it
                 self.optimizer.state[parameter] = tensors[name]
+        low = low_precision(config)
+        # DistributedDataParallel would average the copies' gradients: there autocast casts the weights.
+        self._shadow = None if low is None or config.way.lockstep else self._shade(low, blueprint)
+        self.refresh()
         self.module.train()
+
+    def refresh(self) -> None:
+        """Bring what the net computes with up to date with the vector; before each use of it."""
+        if self._shadow is not None:
+            self._shadow.cast()
+
+    def collect(self) -> None:
+        """After a backward pass: bring all gradients to the optimizer's parameters."""
+        if self._shadow is not None:
+            self._shadow.collect()
+
+    def _shade(self, low: torch.dtype, blueprint: Blueprint) -> Shadow:
+        """Put low-precision copies of its weights into the net."""
+        layout = self.layout.without_state()
+        shadow = torch.zeros(layout.numel, dtype=low, device=self.vector.device)
+        shared = self.layout.shared_part(self.vector)[: self.layout.shared.parameters]
+        slots = self.vector[self.layout.shared.numel :].view(self.layout.slots, self.layout.block.numel)
+        pairs = [
+            (shared, layout.shared_part(shadow)),
+            (
+                slots[:, : self.layout.block.parameters],
+                shadow[layout.shared.numel :].view(layout.slots, layout.block.numel),
+            ),
+        ]
+        copies = {
+            name: each["parameter"] for name, each in layout.tensors(shadow, blueprint.block_prefix).items()
+        }
+        return Shadow(self.module, pairs, self.weights, copies)

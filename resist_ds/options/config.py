@@ -143,6 +143,20 @@ class Config:
         False, "Channels-last memory format (faster convolutions on GPUs).", free=True
     )
     compile: bool = option(False, "torch.compile the sub-ResNet.", free=True)
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option(
+        "default",
+        "torch.compile's mode; the other two replay the passes as CUDA graphs.",
+        free=True,
+    )
+    tf32: bool | None = option(
+        None,
+        "float32 convolutions and products in TF32 on GPUs that have it: 3 digits, much faster; null: yes, "
+        "but not with deterministic.",
+        free=True,
+    )
+    deterministic: bool = option(
+        False, "The same bits on every start on GPUs too: no kernel is chosen by its speed.", free=True
+    )
     activation_checkpointing: bool = option(
         False,
         "Recompute activations in the backward pass: less memory, about a third more compute.",
@@ -295,6 +309,8 @@ class Config:
             raise UserError(
                 "--strategy stochastic_depth runs --min_blocks random pool blocks a step: type their number"
             )
+        if self.compile_mode != "default" and not self.compile:
+            raise UserError(f"--compile_mode {self.compile_mode} is for --compile true: type that too")
         if depth and self.compile:
             raise UserError("--compile is not for --strategy stochastic_depth, whose net always changes")
         if (self.way.lockstep or depth) and self.optimizer_state == "reset":

@@ -3,6 +3,7 @@
 import json
 import math
 import typing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from resist_ds.engines import deepspeed_options
 from resist_ds.engines.engine import RandomDepth
 from resist_ds.engines.parallel import deepspeed_schedule
 from resist_ds.errors import UserError
+from resist_ds.forecast.traffic import sent_per_step
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options.command_line import parse
 from resist_ds.options.config import Config
@@ -158,19 +160,72 @@ def test_nothing_is_lost_between_strategies(strategy: str, ranks: Ranks, tmp_pat
 
 
 @pytest.mark.ranks
-def test_the_bytes_of_fsdp_are_gathers_and_a_reduce_scatter(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "gathered"), [("no", 4), ("bf16", 2)])
+def test_the_bytes_of_fsdp_are_gathers_and_a_reduce_scatter(
+    precision: str, gathered: int, ranks: Ranks, tmp_path: Path
+) -> None:
     """Each block's parameters are gathered forward and backward, the root's once; gradients go back once."""
-    options = RUN | {"strategy": "fsdp", "rounds": 2, "output_dir": str(tmp_path)}
-    ranks(saved.train, 2, options)
+    options = RUN | {"strategy": "fsdp", "rounds": 2, "mixed_precision": precision}
+    ranks(saved.train, 2, options | {"output_dir": str(tmp_path)})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     sent = {line["comm/bytes_round"] for line in lines if line["kind"] == "round"}
     net = Blueprint(OPTIONS["model"], 10).subnet(7)
     blocks = [m for m in net.modules() if isinstance(m, oracle.BasicBlock)]
     in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
     everything = sum(p.numel() for p in net.parameters())
-    least = 2 * (2 * in_blocks + (everything - in_blocks) + everything) * 4 // 2 * 2  # steps, halves, ranks
+    gathers = (2 * in_blocks + (everything - in_blocks)) * gathered
+    least = 2 * (gathers + everything * 4) // 2 * 2  # steps, halves, ranks
     assert len(sent) == 1
-    assert least <= sent.pop() <= 1.02 * least  # tensors of odd lengths are padded
+    assert least <= (found := sent.pop()) <= 1.02 * least  # tensors of odd lengths are padded
+    config = Config(model=OPTIONS["model"], mixed_precision=precision)  # type: ignore[arg-type]
+    assert found == pytest.approx(2 * sent_per_step("fsdp", Blueprint(OPTIONS["model"], 10), config, 2))
+
+
+def train_as(comm: Comm, options: dict[str, Any]) -> tuple[list[str], list[np.ndarray]]:
+    """A run with torch's compiler, if it is used, without C++: the modules it calls, and what it trained."""
+    compiler = torch.compile
+    torch.compile = partial(compiler, backend="aot_eager")  # type: ignore[assignment]
+    try:
+        trainer = Trainer(comm, Config(**OPTIONS | options))  # type: ignore[arg-type]
+        trainer.run()
+    finally:
+        torch.compile = compiler  # type: ignore[assignment]
+        torch._dynamo.reset()
+    trainer.folder.release()
+    called, inside = [], trainer.workers.engine.forward  # type: ignore[union-attr]
+    while (name := type(inside).__name__) in ("OptimizedModule", "DistributedDataParallel"):
+        called.append(name)
+        inside = getattr(inside, "_orig_mod", None) or inside.module  # type: ignore[assignment]
+    return called, [vector.numpy() for vector in trainer.workers.vectors.values()]
+
+
+@pytest.mark.ranks
+def test_ddp_is_compiled_with_the_net(ranks: Ranks, tmp_path: Path) -> None:
+    """Around a compiled net, gradients would be averaged when all of them are there, and nothing overlap."""
+    options = RUN | {"strategy": "ddp", "rounds": 1}
+    eager = ranks(train_as, 2, options | {"output_dir": str(tmp_path / "eager")})
+    compiled = ranks(train_as, 2, options | {"compile": True, "output_dir": str(tmp_path / "compiled")})
+    for (plain, vectors), (names, others) in zip(eager, compiled, strict=True):
+        assert plain == ["DistributedDataParallel"]
+        assert names == ["OptimizedModule", "DistributedDataParallel"]
+        np.testing.assert_allclose(vectors[0], others[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.numerical
+@pytest.mark.ranks
+def test_fsdp_in_bf16_is_as_near_to_float32_as_autocast_is(ranks: Ranks, tmp_path: Path) -> None:
+    """Weights are gathered in bf16 and kept in fp32: what training changes is far below a bf16's last bit."""
+
+    def run(strategy: str, precision: str) -> dict[str, np.ndarray]:
+        folder = tmp_path / f"{strategy}-{precision}"
+        given = {"strategy": strategy, "mixed_precision": precision, "output_dir": str(folder)}
+        ranks(saved.train, 2, RUN | given)
+        return results(folder)
+
+    exact, autocast, fsdp = run("ddp", "no"), run("ddp", "bf16"), run("fsdp", "bf16")
+    for kind in ("parameters", "momentum_buffer"):
+        allowed = np.linalg.norm(autocast[kind] - exact[kind])
+        assert 0 < np.linalg.norm(fsdp[kind] - exact[kind]) <= 2 * allowed, kind
 
 
 @pytest.mark.ranks
@@ -515,6 +570,7 @@ def test_null_on_the_command_line_leaves_a_file_out(tmp_path: Path) -> None:
             ["--strategy", "stochastic_depth"],
             "runs --min_blocks random pool blocks a step: type their number",
         ),
+        (["--compile_mode", "reduce-overhead"], "--compile_mode reduce-overhead is for --compile true"),
         (["--strategy", "zero1", "--optimizer_state", "reset"], "reset is not for --strategy zero1"),
         (["--strategy", "fsdp", "--on_nan", "skip"], "--on_nan skip is not for --strategy fsdp"),
         (["--strategy", "zero3", "--dtype", "float64"], "--strategy zero3 computes in float32"),

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from resist_ds.comm import Comm
 from resist_ds.options.command_line import parse
 from resist_ds.trainer import Trainer
-from tests import ROOT
+from tests import HIDDEN_GPUS, ROOT
 from tests.conftest import Ranks
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(300)]  # on busy cores a launch takes its time
@@ -210,19 +209,23 @@ def trained(finished: Finished, ranks: int) -> list[dict[str, Any]]:
     return kept
 
 
+def skip_on_gpus() -> None:
+    if os.environ[HIDDEN_GPUS] != "0":
+        pytest.skip("deepspeed makes the GPUs visible again, on which sums are rounded in another order")
+
+
 @pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
 def test_two_ranks_give_the_same_run_whoever_launches_them(launcher: str, launches: Launches) -> None:
     run, expected = trained(launches(launcher), ranks=2), trained(launches("torchrun"), ranks=2)
     assert {"train/loss", "eval/loss", "comm/bytes_total", "lr", "seed"} <= set(expected[-1])
-    if launcher == "deepspeed" and torch.cuda.device_count():
-        pytest.skip("deepspeed makes the GPUs visible again, on which sums are rounded in another order")
+    if launcher == "deepspeed":
+        skip_on_gpus()
     assert run == expected
 
 
 def test_ddp_gives_the_same_run_whoever_launches_it(launches: Launches) -> None:
     run, expected = trained(launches("deepspeed: ddp"), ranks=2), trained(launches("torchrun: ddp"), ranks=2)
-    if torch.cuda.device_count():
-        pytest.skip("deepspeed makes the GPUs visible again, on which sums are rounded in another order")
+    skip_on_gpus()
     assert run == expected
     assert expected[-1]["strategy"] == "ddp" and expected[-1]["W"] == 2
 

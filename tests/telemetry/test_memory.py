@@ -89,7 +89,6 @@ def train_under_a_cap(comm: Comm, options: dict[str, Any], allowance: int) -> st
 
 @pytest.mark.ranks
 @needs_linux
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a cap on host memory says nothing about a GPU's")
 def test_the_full_training_state_exceeds_a_cap_that_the_run_keeps(ranks: Ranks, tmp_path: Path) -> None:
     """Four ranks train, carry momentum, evaluate and save, each with room for one sub-ResNet but not for the
     model; other four go on from there, under the same cap.
@@ -244,7 +243,6 @@ def test_phases_have_peaks_of_their_own(ranks: Ranks) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_peak_on_a_gpu() -> None:
     device = torch.device("cuda")
     memory = PeakMemory(device)
