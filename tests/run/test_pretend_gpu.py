@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,11 +66,15 @@ TWINS = {  # what trains the same on other ranks
     "a GPU each, AdamW, fp16, clipped": "one rank, AdamW, fp16, clipped",
 }
 
+MOST = {  # operations of a local step
+    "one worker": 211,
+    "one rank, bf16, channels_last": 162,
+    "one rank, AdamW, fp16, clipped": 153,
+}
 UPLOAD, DOWNLOAD = "copy from host to device, pageable", "copy from device to host, pageable, blocking"
 KNOWN = {  # what a local step still does that it must not, and on which runs
     f"data/datasets.py pad_crop_flip: {UPLOAD}": list(RUNS),
     f"data/datasets.py train_batches: {UPLOAD}": list(RUNS),
-    "engines/engine.py step: waits for _local_scalar_dense": ["one GPU, fp16"],
 }
 OF_OTHERS = {  # the same, by libraries inside of a step
     f"engines/engine.py step: {UPLOAD}": ["ddp"],  # once: the ranks agree on DDP's buckets
@@ -245,6 +250,12 @@ def test_a_local_step_waits_for_nothing(found: Found, name: str) -> None:
         assert rank.steps > 0 and rank.launches > 100  # it was looked at all
 
 
+@pytest.mark.parametrize("name", MOST)
+def test_operations_of_a_local_step(found: Found, name: str) -> None:
+    """Launches bound an eager step: their number may only fall."""
+    assert found.seen[name][0].launches <= MOST[name]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_exchanges_go_where_they_can(found: Found, name: str) -> None:
     gpus, _ = RUNS[name]
@@ -261,11 +272,18 @@ def last(folder: Path, where: str, name: str) -> Path:
 
 @pytest.mark.parametrize("name", IN_FP32)
 def test_it_trains_what_a_cpu_trains(found: Found, name: str) -> None:
-    """To the bit: the same kernels compute, whatever brought the numbers there. (Autocast's lists differ.)"""
-    first = found.seen[name][0]
-    assert (first.loss, first.accuracy) == (found.cpu[name].loss, found.cpu[name].accuracy)
-    trained, wanted = (saved.digest(last(found.folder, where, name)) for where in ("gpu", "cpu"))
-    assert trained == wanted
+    """To the bit where the same kernels compute, whatever brought the numbers there.
+
+    SGD is fused on a GPU alone, and rounds otherwise. Autocast's lists differ so much that nothing compares.
+    """
+    seen, cpu = found.seen[name][0], found.cpu[name]
+    assert (seen.loss, seen.accuracy) == (pytest.approx(cpu.loss, rel=1e-9), cpu.accuracy)
+    here, there = (last(found.folder, where, name) for where in ("gpu", "cpu"))
+    if "AdamW" in name:
+        assert seen.loss == cpu.loss and saved.digest(here) == saved.digest(there)
+    trained, wanted = saved.tensors(here), saved.tensors(there)
+    for tensor, values in wanted.items():
+        np.testing.assert_allclose(trained[tensor], values, rtol=1e-5, atol=1e-7, err_msg=tensor)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -280,7 +298,7 @@ def test_strategies_agree(found: Found) -> None:
 
 
 def test_its_checkpoint_goes_on_on_a_cpu(found: Found, ranks: Start, tmp_path: Path) -> None:
-    name = "one worker"
+    name = "one rank, AdamW, clipped, accumulated, checkpointed"
     first = last(found.folder, "gpu", name).with_name("round-000001")
     shutil.copytree(first, tmp_path / "checkpoints" / first.name)
     ranks(train, 1, OPTIONS | RUNS[name][1] | {"output_dir": str(tmp_path), "resume": "auto"})
