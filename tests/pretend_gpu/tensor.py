@@ -1,5 +1,6 @@
 """Tensors of the pretended device: a wrapper that says `cuda:N` around numbers on the CPU."""
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -130,16 +131,21 @@ class Queue:
     def __init__(self) -> None:
         self._begun = 0
         self._waiting: dict[int, Callable[[], object]] = {}
-        self._from: dict[int, Tensor] = {}  # what is copied from
+        self._memory: dict[int, range] = {}  # of the host, that each of them touches
+        self._lock = threading.RLock()  # a checkpoint's thread waits too
+
+    def in_order(self, host: Tensor) -> None:
+        """Before another copy from or to this memory: a stream is done with what came before in it."""
+        with self._lock:
+            for number, memory in list(self._memory.items()):
+                if memory.start < _memory(host).stop and _memory(host).start < memory.stop:
+                    self._finish(number)
 
     def begin_download(self, host: Tensor, values: Tensor) -> None:
         """The numbers arrive when they are waited for; until then there are others."""
-        place = host.untyped_storage()._cdata
-        for number in [n for n, source in self._from.items() if source.untyped_storage()._cdata == place]:
-            self._finish(number)  # which comes first in the device's order too
         values = values.to(host.dtype, copy=True)
         host.fill_(float("nan") if host.is_floating_point() else torch.iinfo(host.dtype).max)
-        self._begin(lambda: host.copy_(values))
+        self._begin(lambda: host.copy_(values), host)
 
     def begin_upload(self, host: Tensor) -> None:
         """The numbers must stay what they are until the copy was waited for."""
@@ -151,8 +157,7 @@ class Queue:
                     f"pinned memory {tuple(host.shape)} was overwritten before its copy was done"
                 )
 
-        self._begin(check)
-        self._from[self._begun] = host
+        self._begin(check, host)
 
     def mark(self) -> int:
         """What has been begun up to now: an event."""
@@ -160,19 +165,28 @@ class Queue:
 
     def wait(self, mark: int | None = None) -> None:
         """Until all that was begun before the mark, or before now, is done."""
-        for number in [n for n in self._waiting if mark is None or n <= mark]:
-            self._finish(number)
+        with self._lock:
+            for number in [n for n in self._waiting if mark is None or n <= mark]:
+                self._finish(number)
 
     def done(self, mark: int) -> bool:
-        return all(number > mark for number in self._waiting)
+        with self._lock:
+            return all(number > mark for number in self._waiting)
 
-    def _begin(self, finish: Callable[[], object]) -> None:
-        self._begun += 1
-        self._waiting[self._begun] = finish
+    def _begin(self, finish: Callable[[], object], host: Tensor) -> None:
+        with self._lock:
+            self._begun += 1
+            self._waiting[self._begun] = finish
+            self._memory[self._begun] = _memory(host)
 
     def _finish(self, number: int) -> None:
-        self._from.pop(number, None)
+        del self._memory[number]
         self._waiting.pop(number)()
+
+
+def _memory(tensor: Tensor) -> range:
+    """Where a dense tensor lies."""
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
 
 
 QUEUE = Queue()
@@ -336,6 +350,7 @@ def _begin_copy(host: Tensor, pinned: bool, non_blocking: bool, to_device: bool)
     """Record a copy, wait for it if it blocks; whether it goes on in the background."""
     blocking = not non_blocking or (not pinned and not to_device)
     RECORD.copy(Copy(to_device, pinned, blocking))
+    QUEUE.in_order(host)
     if blocking:
         QUEUE.wait()
     elif pinned and to_device:
