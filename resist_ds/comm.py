@@ -4,11 +4,15 @@ torch.distributed.
 Two back ends stand side by side: gloo for tensors in host memory, NCCL for tensors on GPUs. Exchanges
 go over NCCL where every rank has a GPU of its own, else over gloo with their buffers in host memory
 (several ranks on one GPU, which NCCL refuses; CPU runs). No process group is made during training.
+
+A rank that is gone is noticed by gloo at once, as its connection closes; by NCCL not at all. So nobody waits
+for NCCL before gloo has told that all ranks have come to the same exchange, and then not for ever.
 """
 
 import logging
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +26,13 @@ from torch import Tensor
 
 from resist_ds.errors import RunError, UserError
 from resist_ds.launcher import Launch
-from resist_ds.rendezvous import meet
+from resist_ds.rendezvous import Identity, lack, meet, places
 
 T = TypeVar("T")
+
+PATIENCE = 300.0  # seconds for what NCCL carries once all ranks have come: a transit buffer, or a pool block
+SPIN = 0.001  # seconds in which the end of a transfer is looked for without a pause
+PAUSE = 0.0002  # seconds between two looks from then on
 
 
 class Ledger(Counter[str]):
@@ -36,8 +44,10 @@ class Comm:
 
     Attributes:
         rank, size: r and R.
-        local_rank, local_size: the same on this machine.
+        local_rank, local_size: the same on this machine, as counted when all have met; a launcher's
+            LOCAL_RANK only says which of the visible GPUs to take.
         device: where this rank computes.
+        lack: why not every rank has a GPU of its own, in words, where some have one; else None.
         buffer_device: where exchange buffers live; the device, or the host where gloo carries them.
         ledger: bytes sent to other ranks.
     """
@@ -85,11 +95,15 @@ class Comm:
                     "between the machines, and name their network: GLOO_SOCKET_IFNAME (docs/multi-node.md)"
                 ) from error
             dist.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
-        shared_gpu = any(self.gather(self.local_size > gpus))
-        self.buffer_device = torch.device("cpu") if shared_gpu else self.device
-        if self.size > 1 and self.buffer_device.type == "cuda":
+        found = places(self.gather(Identity.of(self.device)))
+        self.local_rank, self.local_size = found[self.rank].local_rank, found[self.rank].local_size
+        self.lack = lack(found)
+        self.buffer_device = torch.device("cpu") if self.lack else self.device
+        if self.backend == "nccl":
             # NCCL's first operation must be everyone's; in an exchange some ranks may have nothing to move.
-            torch.distributed.all_reduce(torch.zeros(1, device=self.device))
+            one = torch.zeros(1, device=self.device)
+            with self.others():
+                self._finish([torch.distributed.all_reduce(one, async_op=True)])
 
     @cached_property
     def alone(self) -> torch.distributed.ProcessGroup | None:
@@ -119,9 +133,10 @@ class Comm:
     ) -> None:
         """Send and receive contiguous tensors, (tensor, other rank) each, all at once.
 
-        Collective: all ranks that take part; messages from one rank to another arrive in their order.
+        Collective: all ranks, also those with nothing to move; messages from one rank to another arrive in
+        their order.
         """
-        if not sends and not receives:
+        if not sends and not receives and self.backend != "nccl":
             return
         dist = deepspeed_comm()
         operations = []
@@ -133,24 +148,26 @@ class Comm:
                 tags[rank] += 1
         self.ledger[kind] += sum(tensor.nbytes for tensor, _ in sends)
         with self.others():
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+            self._finish(dist.batch_isend_irecv(operations) if operations else [])
 
     def broadcast(self, tensor: Tensor, root: int, kind: str) -> Callable[[], object]:
-        """Start sending `tensor` from rank `root` to all; returns the wait. Collective: all ranks."""
+        """Start sending `tensor` from `root` to all ranks; returns the wait. Collective: all ranks, both."""
         if self.size == 1:
             return lambda: None
         if self.rank == root:
             self.ledger[kind] += (self.size - 1) * tensor.nbytes
         with self.others():
             work = deepspeed_comm().broadcast(tensor, root, async_op=True)
-        return self.others()(work.wait)
+        return self.others()(lambda: self._finish([work]))
 
     def gather_rows(self, rows: Tensor, kind: str) -> Tensor:
-        """Stack every rank's [n, …] rows, rank-major, in host memory. Collective: all ranks, equal shapes."""
-        rows = rows.cpu().contiguous()
+        """Stack every rank's [n, …] rows, rank-major, on the device or in host memory, as exchanges go.
+
+        Collective: all ranks, equal shapes.
+        """
         if self.size == 1:
             return rows
+        rows = rows.to(self.buffer_device).contiguous()
         self.ledger[kind] += (self.size - 1) * rows.nbytes
         gathered = [torch.empty_like(rows) for _ in range(self.size)]
         with self.others():
@@ -200,6 +217,31 @@ class Comm:
         if torch.distributed.is_initialized():  # on one rank too: FSDP2 and DeepSpeed want a group
             torch.distributed.destroy_process_group()
 
+    def _finish(self, works: Sequence[Any]) -> None:
+        """Wait until operations that all ranks have begun are done. Collective: all ranks, over NCCL.
+
+        (Where NCCL itself reports an error, torch's watchdog ends the process, within a second.)
+        """
+        over_nccl = self.backend == "nccl"
+        if over_nccl:
+            torch.distributed.all_reduce(torch.zeros(1))  # over gloo: all have come, or it says who has not
+        for work in works:
+            work.wait()  # over NCCL only the stream waits for it
+        if not over_nccl:
+            return
+        start = time.monotonic()
+        while not all(work.is_completed() for work in works):
+            waited = time.monotonic() - start
+            if waited > PATIENCE:
+                stuck = RunError(
+                    f"rank {self.rank}: an exchange over NCCL that all ranks have come to has not ended in "
+                    f"{PATIENCE:g} s: another rank hangs or has ended in it; NCCL_DEBUG=WARN says more"
+                )
+                stuck.alone = True
+                raise stuck
+            if waited > SPIN:
+                time.sleep(PAUSE)
+
     def _portable(self, error: Exception | None) -> RunError | None:
         """An error of any class as one that every rank can unpickle."""
         if error is None or isinstance(error, RunError):
@@ -237,6 +279,8 @@ def deepspeed_comm() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its shared-memory op for CPUs costs a 40 s compile at the first start and is not needed here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        # Its shared-memory op for CPUs costs a 40 s compile at the first start and is not needed here. On a
+        # GPU it is not looked for, and a look at this list makes DeepSpeed try to build all its ops.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed.comm

@@ -1,4 +1,7 @@
-"""Peak memory over an interval, measured: allocated and reserved on a GPU, resident on a CPU."""
+"""Peak memory over an interval, measured: allocated and reserved on a GPU, resident on a CPU.
+
+And what pinned host memory really takes.
+"""
 
 import contextlib
 import resource
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from resist_ds.errors import RunError
 
@@ -44,6 +48,16 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
         peak = _resident_peak()
         return peak, peak
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch's allocator of pinned memory takes for `size` bytes: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def host_bytes(tensor: Tensor) -> int:
+    """What a tensor that has its memory for itself takes of the host's."""
+    return pinned_bytes(tensor.nbytes) if tensor.is_pinned() else tensor.nbytes
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""How the ranks of a job find each other, and what is said while some are still missing.
+"""How the ranks of a job find each other, what is said while some are still missing, and who of them then
+turn out to sit on one machine or on one GPU.
 
 torch's own `env://` waits half an hour without a word. Here the same store is opened at the same address
 (rank 0 listens, or torchrun does), and every rank counts itself in it: so it can be said who is missing.
@@ -7,9 +8,15 @@ torch's own `env://` waits half an hour without a word. Here the same store is o
 import socket
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
+import torch
 import torch.distributed
 from torch.distributed import PrefixStore, Store, TCPStore
 
@@ -19,6 +26,70 @@ from resist_ds.launcher import Launch
 PATIENCE = 10.0  # seconds until it is said first who is missing
 AGAIN = 60.0  # seconds until it is said again
 LOOK = 0.2  # seconds between two looks, at most
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Identity(NamedTuple):
+    """What tells machines and GPUs apart, whatever a launcher has numbered or made visible.
+
+    Attributes:
+        machine: name and boot: machines of one name differ in the boot, containers of a machine in the name.
+        gpu: of the device on which the rank computes, unique in the world; None for the CPU.
+    """
+
+    machine: str
+    gpu: str | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Identity":
+        """That of a rank which computes on `device`."""
+        host, boot = socket.gethostname(), ""
+        with suppress(OSError):  # Linux alone has it
+            boot = BOOT.read_text().strip()
+        if device.type != "cuda":
+            return cls(f"{host} {boot}", None)
+        card = torch.cuda.get_device_properties(device)
+        uuid = getattr(card, "uuid", None)  # MIG: of the instance, which is a GPU to CUDA and to NCCL
+        if uuid is not None:
+            return cls(f"{host} {boot}", str(uuid))
+        bus = [getattr(card, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+        return cls(f"{host} {boot}", f"{boot or host} {device.index if None in bus else bus}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank sits.
+
+    Attributes:
+        local_rank, local_size: r and R on its machine, as counted.
+        sharing: the ranks that compute on its GPU, itself among them; none on a CPU.
+    """
+
+    local_rank: int
+    local_size: int
+    sharing: tuple[int, ...]
+
+
+def places(identities: Sequence[Identity]) -> list[Place]:
+    """The place of every rank, from every rank's identity."""
+    machines: defaultdict[str, list[int]] = defaultdict(list)
+    gpus: defaultdict[str | None, list[int]] = defaultdict(list)
+    for rank, (machine, gpu) in enumerate(identities):
+        machines[machine].append(rank)
+        gpus[gpu].append(rank)
+    return [
+        Place(machines[machine].index(rank), len(machines[machine]), () if gpu is None else tuple(gpus[gpu]))
+        for rank, (machine, gpu) in enumerate(identities)
+    ]
+
+
+def lack(found: Sequence[Place]) -> str | None:
+    """Why not every rank has a GPU of its own, in words; None where each has one, or none has any."""
+    for place in found:
+        if len(place.sharing) > 1:
+            return f"ranks {place.sharing[0]} and {place.sharing[1]} have the same one"
+    without = [rank for rank, place in enumerate(found) if not place.sharing]
+    return f"rank {without[0]} has none" if 0 < len(without) < len(found) else None
 
 
 def meet(launch: Launch, timeout: timedelta) -> Store:

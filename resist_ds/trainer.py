@@ -215,7 +215,7 @@ class Trainer:
                     f"rank {rank} sees {words.format(*size)}, rank 0 {words.format(*sizes[0])}: "
                     "--data_dir must hold the same on all machines"
                 )
-        return data
+        return data.placed(comm.device, config.gpu_cache_mib)
 
     def _batches(self) -> Batches:
         """All batches that this rank's workers will see, in the order in which they are played."""
@@ -263,6 +263,14 @@ class Trainer:
                         worker.spoilt, spoilt[worker.index] = True, where
                         tally = replace(tally, loss=0.0, right=0, images=0)
                     self.meter.tally(worker.index, tally)
+        except RuntimeError as error:
+            if "does not have a deterministic implementation" not in str(error):
+                raise
+            what = str(error).split(" does not have ")[0]
+            raise UserError(
+                f"torch has no deterministic form of {what}, which {config.model} uses: "
+                "leave --deterministic out"
+            ) from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -367,10 +375,10 @@ class Trainer:
         return f"--resume auto goes on from {there}"
 
     def _copies(self) -> dict[str, int]:
-        """Bytes of host memory of optional copies, on the rank that has most. Collective: all ranks."""
-        of_ranks = self.comm.gather((self.workers.copies, self.saver.copies))
-        round_start, snapshot = map(max, zip(*of_ranks, strict=True))
-        return {"on_nan skip": round_start, "checkpoint_async": snapshot}
+        """Bytes of host memory beside what is measured, on the rank that has most. Collective: all ranks."""
+        of_ranks = self.comm.gather((self.workers.idle, self.workers.copies, self.saver.copies))
+        idle, round_start, snapshot = map(max, zip(*of_ranks, strict=True))
+        return {"workers": idle, "on_nan skip": round_start, "checkpoint_async": snapshot}
 
     def _after(self, round: int) -> Position:
         """Where the run is when `round` is done."""

@@ -3,6 +3,7 @@
     python tools/bench.py --strategies resist,local_sgd,ddp --workers 2 --batch_size 2
     sudo python tools/bench.py --strategies resist,ddp --workers 4 --link 1gbit   # behind a slow network
     python tools/bench.py --what local,sync,save --workers 2,4                    # ours against bare work
+    python tools/bench.py --what data --workers 4 --batch_size 128 --img_size 224 # do the data keep up?
 
 Options of train.py mean the same here (--model, --batch_size, --local_steps, ...). The figures go to the
 screen and to --output_dir: of strategies as JSON, Markdown and PNG, of the machinery as JSON.
@@ -104,7 +105,7 @@ def compare(asked: Asked, command: Sequence[str]) -> None:
 def machinery(asked: Asked) -> None:
     """Ours against bare work, part by part."""
     ranks.warm()
-    from tools.benchmark import micro
+    from tools.benchmark import delivery, micro
 
     folder = _folder(asked.output_dir)
     config = asked.config
@@ -115,12 +116,11 @@ def machinery(asked: Asked) -> None:
     figures: dict[str, Any] = {**_surroundings(sys.argv), "options": config.to_dict()}
     for workers in asked.workers:
         for part in asked.parts:
-            figures[f"{part} W={workers}"] = micro.measure(
-                replace(config, workers=workers),
-                part,
-                repeats=asked.repeats,
-                steps=asked.steps,
-                folder=folder,
+            played, times = replace(config, workers=workers), (asked.repeats, asked.steps)
+            figures[f"{part} W={workers}"] = (
+                delivery.measure(played, *times, photos=asked.photos)
+                if part == "data"
+                else micro.measure(played, part, *times, folder=folder)
             )
     _write(folder / "machinery.json", figures)
 

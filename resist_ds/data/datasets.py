@@ -1,17 +1,16 @@
 """Data sets: `load_data` reads one, and `Data` delivers its images as normalised batches on the device.
 
 Which samples make a batch is decided elsewhere (order.py): here a *schedule* of (epoch, sample indices) goes
-in, and batches come out in that order. Images wait on the host as bytes, decoded in memory where they fit and
-otherwise decoded on the way by loader processes. Augmentation depends on (seed, epoch, sample) alone, so a
-sample looks the same in whatever batch, worker, rank or loader process it comes.
+in, and batches come out in that order. Images wait as bytes, decoded in memory where they fit, that of a GPU
+if it has one, and otherwise decoded on the way by loader processes. Augmentation depends on (seed, epoch,
+sample) alone, so a sample looks the same in whatever batch, worker, rank or loader process it comes.
 
 Nothing here communicates or writes files, except `download`; several ranks may load at once.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,15 @@ from torch import Tensor
 from resist_ds.data import image_folder
 from resist_ds.data.images import SMALL, Decode, Files, InMemory, OnDisk, Schedule, Source, decoded
 from resist_ds.data.loader import Stream, check_shared_memory
-from resist_ds.data.order import Purpose, crop_and_flip, keyed_hash
+from resist_ds.data.on_device import Normalise, PadCropFlip
+from resist_ds.data.order import Purpose, keyed_hash
 from resist_ds.data.pixels import reason
 from resist_ds.data.trouble import Trouble
 from resist_ds.errors import RunError, UserError
 from resist_ds.options.config import Config
 
 # ------------------------------------------------------------------------------------------------------------
-# Delivery: from bytes on the host to normalised batches on the device.
-
-# Mean and standard deviation of the red, green and blue pixels, scaled to 0 … 1.
-_MEAN_STD = {
-    "digits": ((0.3046,) * 3, (0.3233,) * 3),  # computed over the training images at 32×32
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's, for want of better ones
-    "synthetic": ((0.507, 0.501, 0.505), (0.229, 0.230, 0.228)),  # computed likewise
-}
+# Delivery: from bytes to normalised batches on the device.
 
 _AT_ONCE = 32  # images of a batch that goes through no net
 
@@ -64,7 +54,7 @@ class Data:
     train: Source
     plain_train: Source  # the training images without what `train` does at random
     test: Source
-    augment: Callable[[Tensor, int, np.ndarray], Tensor] | None  # see pad_crop_flip; None: not on the device
+    augment: PadCropFlip | None  # None: not on the device
     trouble: Trouble = field(default_factory=Trouble)  # of all three sources
     remarks: Sequence[str] = ()  # what of its folders is no data, in a line each
 
@@ -77,6 +67,22 @@ class Data:
     def test_size(self) -> int:
         """Number of test images."""
         return len(self.test.labels)
+
+    @property
+    def on_gpu(self) -> int:
+        """Bytes of images and labels that wait on a GPU."""
+        kept = (source for source in (self.train, self.test) if isinstance(source, InMemory))
+        return sum(source.nbytes for source in kept if source.images.device.type != "cpu")
+
+    def placed(self, device: torch.device, mib: int) -> "Data":
+        """The same, with decoded images on the device if it is a GPU and they take at most so many MiB."""
+        train, test = self.train, self.test
+        if device.type == "cpu" or not (isinstance(train, InMemory) and isinstance(test, InMemory)):
+            return self
+        if train.nbytes + test.nbytes > mib << 20:
+            return self
+        train, test = train.to(device), test.to(device)
+        return replace(self, train=train, plain_train=train, test=test)
 
     def check_shared_memory(self, config: Config, ranks: int) -> None:
         """Whether the batches of loader processes fit where they wait for their rank.
@@ -109,12 +115,12 @@ class Data:
         Call it once for a whole run: an iterator over image files owns its loader processes, which read the
         schedule a few batches ahead.
         """
-        finish = _Finish(self.name, device, dtype, channels_last)
-        for batch in self.train.stream(schedule, pin=device.type == "cuda"):
-            images = batch.images.to(device, non_blocking=True)
+        normalise = Normalise(self.name, device, dtype, channels_last)
+        for batch in self.train.stream(schedule, device):
+            images = batch.images
             if self.augment is not None:
                 images = self.augment(images, batch.epoch, batch.samples)
-            yield finish(images), batch.labels.to(device, non_blocking=True)
+            yield normalise(images), batch.labels
 
     def test_batches(
         self, batches: Iterable[np.ndarray], device: torch.device, dtype: torch.dtype, channels_last: bool
@@ -138,46 +144,9 @@ class Data:
         dtype: torch.dtype,
         channels_last: bool,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        finish = _Finish(self.name, device, dtype, channels_last)
-        for batch in source.stream(((0, indices) for indices in batches), pin=device.type == "cuda"):
-            yield (
-                finish(batch.images.to(device, non_blocking=True)),
-                batch.labels.to(device, non_blocking=True),
-            )
-
-
-class _Finish:
-    """uint8 images [B, 3, S, S] on the device → normalised ones, through a table of the 3 × 256 values.
-
-    A table, because its entries are rounded once, from float64: arithmetic on the device may or may not fuse
-    the product and the sum, and then results differ between devices and dtypes by more than their rounding.
-    """
-
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
-        mean, std = (torch.tensor(values, dtype=torch.float64)[:, None] for values in _MEAN_STD[name])
-        self.table = ((torch.arange(256, dtype=torch.float64) / 255 - mean) / std).flatten().to(device, dtype)
-        self.rows = (torch.arange(3, dtype=torch.int32, device=device) * 256).view(3, 1, 1)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def __call__(self, images: Tensor) -> Tensor:
-        values = self.table.index_select(0, (images.int() + self.rows).flatten()).view(images.shape)
-        return values.contiguous(memory_format=self.memory_format)
-
-
-def pad_crop_flip(images: Tensor, epoch: int, samples: np.ndarray, *, seed: int, flip: bool) -> Tensor:
-    """Pads images uint8 [B, 3, S, S] by S // 8 black pixels, cuts S×S out again and mirrors half of them.
-
-    `flip=False` leaves out the mirroring. One gather on the images' device; order.crop_and_flip has decided.
-    """
-    size = images.shape[-1]
-    pad = size // 8
-    choices = np.stack(crop_and_flip(seed, epoch, samples, pad))
-    tops, lefts, flips = torch.from_numpy(choices).to(images.device, non_blocking=True)[:, :, None]
-    inside = torch.arange(size, device=images.device)
-    columns = lefts + torch.where((flips == 1) & flip, size - 1 - inside, inside)
-    padded = F.pad(images, (pad, pad, pad, pad)).flatten(2)
-    pixels = (tops + inside)[:, :, None] * (size + 2 * pad) + columns[:, None, :]  # [B, S, S]: places in it
-    return padded.gather(2, pixels.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images)
+        normalise = Normalise(self.name, device, dtype, channels_last)
+        for batch in source.stream(((0, indices) for indices in batches), device):
+            yield normalise(batch.images), batch.labels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,12 +176,13 @@ def load_data(config: Config) -> Data:
     else:
         train, test, num_classes = _cifar(config, size)
 
-    plain_train, augment = train, None
+    plain_train = train
+    augment: PadCropFlip | None = None
     if config.augment and isinstance(train, OnDisk) and size > SMALL:
         train = replace(train, decode=Decode(size, config.seed))
     elif config.augment:
         # No flip for digits: a mirrored digit is another sign, or none.
-        augment = partial(pad_crop_flip, seed=config.seed, flip=name != "digits")
+        augment = PadCropFlip(config.seed, len(train.labels), flip=name != "digits")
     return Data(name, num_classes, size, train, plain_train, test, augment, trouble, remarks)
 
 

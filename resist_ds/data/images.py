@@ -1,6 +1,8 @@
-"""Where images wait for their batch: decoded in memory, or in files that are decoded on the way.
+"""Where images wait for their batch: decoded, on the host or on the device, or in files.
 
-A *schedule* of (epoch, sample indices) goes in, and batches of bytes on the host come out in that order. An
+A *schedule* of (epoch, sample indices) goes in, and batches of bytes on the device come out in that order.
+From the host they come through page-locked memory, so that nobody waits for a copy: torch gives a block of
+that out again only when the copies that were begun from it are done. An
 image that cannot be read is replaced by its neighbour in the data set, the next one that can: a choice that
 depends on the files alone, so it is the same in whatever batch, worker, rank or loader process it is met.
 What becomes of the run, others decide (trouble.py).
@@ -10,14 +12,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from resist_ds.data import pixels
+from resist_ds.data.cut import Cut
 from resist_ds.data.loader import Loaded, load
 from resist_ds.data.order import resized_crop
 from resist_ds.data.trouble import Trouble
@@ -26,8 +30,23 @@ from resist_ds.errors import DataError
 Schedule = Iterable[tuple[int, np.ndarray]]
 """(epoch, sample indices int64 [B]) of one batch after the other."""
 
-Task = tuple[int, np.ndarray, Sequence[str]]
-"""(epoch, sample indices, their paths), so that a loader process holds no list of a million files."""
+
+class Task(NamedTuple):
+    """What a loader process reads in one go: a part of a batch, so that all of them work on the next one.
+
+    Attributes:
+        samples: int64 [n].
+        paths: of these samples, so that a loader process holds no list of a million files.
+        last: of its batch.
+    """
+
+    epoch: int
+    samples: np.ndarray
+    paths: Sequence[str]
+    last: bool
+
+
+TASK = 32  # images of a task at most
 
 # Up to this side, images are augmented by pad-crop-flip on the device (as for CIFAR), and image folders may
 # be kept decoded; above, training images are random resized crops of the files (as for ImageNet).
@@ -37,29 +56,51 @@ NEIGHBOURS = 100  # that are tried; if none can be read, it is not the images th
 
 
 @dataclass(frozen=True)
-class HostBatch:
-    """Images uint8 [B, 3, S, S] and labels int64 [B] on the host, of the given samples in the given epoch."""
+class Batch:
+    """Samples int64 [B] of an epoch, their images uint8 [B, 3, S, S] and labels int64 [B], on the device."""
 
     epoch: int
-    samples: np.ndarray
+    samples: Tensor
     images: Tensor
     labels: Tensor
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host, on the device: on a GPU a copy for which nobody waits."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Decoded images uint8 [N, 3, S, S] with their labels int64 [N]."""
+    """Decoded images uint8 [N, 3, S, S] with their labels int64 [N], on the host or on the device."""
 
     images: Tensor
     labels: Tensor
 
-    def stream(self, schedule: Schedule, pin: bool) -> Iterator[HostBatch]:
-        """The scheduled batches, in order; `pin` puts their images into page-locked memory."""
+    @property
+    def nbytes(self) -> int:
+        """Of images and labels."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def to(self, device: torch.device) -> "InMemory":
+        """The same there: of a batch only the numbers of its samples then travel."""
+        return InMemory(self.images.to(device), self.labels.to(device))
+
+    def stream(self, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
+        """The scheduled batches, in order."""
         for epoch, samples in schedule:
-            rows = _rows(samples)
-            images = torch.empty((len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=pin)
-            torch.index_select(self.images, 0, rows, out=images)
-            yield HostBatch(epoch, samples, images, self.labels[rows])
+            there = sent(_rows(samples), device)
+            here = there if self.images.device == there.device else _rows(samples)
+            images, labels = (_gathered(values, here, device) for values in (self.images, self.labels))
+            yield Batch(epoch, there, images, labels)
+
+
+def _gathered(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """`values[rows]` on the device, gathered where the values are."""
+    pin = values.device.type != device.type
+    shape = (len(rows), *values.shape[1:])
+    out = torch.empty(shape, dtype=values.dtype, device=values.device, pin_memory=pin)
+    return torch.index_select(values, 0, rows, out=out).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +108,9 @@ class Decode(Dataset[object]):
     """Reads image files as uint8 [3, S, S].
 
     Up to S = SMALL the image is scaled to the square. Above, its centre is taken after scaling the shorter
-    side to S / 0.875, or, where `seed` is given, a random resized crop, flipped or not.
+    side to S / 0.875, or, where `seed` is given, a random resized crop, flipped or not. Large JPEGs are
+    decoded smaller (cut.py); without a seed only where twice the pixels remain, so that what is evaluated
+    differs from torchvision's and timm's by rounding at the most.
     """
 
     img_size: int
@@ -77,12 +120,11 @@ class Decode(Dataset[object]):
         """The images of a task uint8 [B, 3, S, S], and why which of them could not be read."""
         if isinstance(task, DataError):  # which was lost on its way here
             return task
-        epoch, samples, paths = task
-        images = np.zeros((len(paths), 3, self.img_size, self.img_size), np.uint8)
+        images = np.zeros((len(task.paths), 3, self.img_size, self.img_size), np.uint8)
         unreadable: dict[int, str] = {}
-        for row, (sample, path) in enumerate(zip(samples, paths, strict=True)):
+        for row, (sample, path) in enumerate(zip(task.samples, task.paths, strict=True)):
             try:
-                images[row] = self.read(path, epoch, int(sample))
+                images[row] = self.read(path, task.epoch, int(sample))
             except pixels.UnreadableError as error:
                 unreadable[row] = str(error)
             except DataError as error:
@@ -91,21 +133,19 @@ class Decode(Dataset[object]):
 
     def read(self, path: str, epoch: int = 0, sample: int = 0) -> np.ndarray:
         """One image; DataError with its path if it cannot be read."""
-        return np.asarray(self._fit(pixels.read(path), epoch, sample)).transpose(2, 0, 1)
+        image = pixels.read(path, lambda width, height: self.cut(width, height, epoch, sample))
+        return np.asarray(image).transpose(2, 0, 1)
 
-    def _fit(self, image: Image.Image, epoch: int, sample: int) -> Image.Image:
-        size = self.img_size
-        if size > SMALL and self.seed is not None:
-            box, flip = resized_crop(self.seed, epoch, sample, image.width, image.height)
-            image = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
-            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-        if size > SMALL:
-            shorter, side = min(image.size), round(size / 0.875)
-            width, height = (side * length // shorter for length in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            return image.crop((left, top, left + size, top + size))
-        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+    def cut(self, width: int, height: int, epoch: int, sample: int) -> Cut:
+        """What is seen of an image of width × height pixels."""
+        size, whole = self.img_size, (0, 0, width, height)
+        if size <= SMALL:
+            return Cut(whole, (size, size), size, spare=2)
+        if self.seed is not None:
+            box, flip = resized_crop(self.seed, epoch, sample, width, height)
+            return Cut(box, (size, size), size, flip)
+        shorter, side = min(width, height), round(size / 0.875)
+        return Cut(whole, (side * width // shorter, side * height // shorter), size, spare=2)
 
 
 @dataclass(frozen=True)
@@ -143,18 +183,43 @@ class OnDisk:
         """Of the files."""
         return self.files.labels
 
-    def stream(self, schedule: Schedule, pin: bool) -> Iterator[HostBatch]:
-        """The scheduled batches, in order; `pin` puts their images into page-locked memory."""
-        paths = self.files.paths
+    def stream(self, schedule: Schedule, device: torch.device) -> Iterator[Batch]:
+        """The scheduled batches, in order."""
+        coming = iter(schedule)
+        first = next(coming, None)
+        if first is None:
+            return
+        tasks = (task for batch in chain([first], coming) for task in self._tasks(*batch))
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []  # of the batch that is being read
+        for task, images, unreadable in self._read(tasks, device.type != "cpu", _parts(len(first[1]))):
+            samples = _rows(task.samples)
+            labels = self.labels[samples]
+            self._stand_in(task, unreadable, images, labels)
+            parts.append((samples, images.to(device, non_blocking=True), labels))
+            if task.last:
+                samples, images, labels = map(_joined, zip(*parts, strict=True))
+                parts.clear()
+                yield Batch(task.epoch, sent(samples, device), images, sent(labels, device))
+
+    def _tasks(self, epoch: int, samples: np.ndarray) -> Iterator[Task]:
+        """What a batch is cut into."""
+        parts = np.array_split(samples, _parts(len(samples)))
+        for i, part in enumerate(parts, start=1):
+            yield Task(epoch, part, [self.files.paths[sample] for sample in part], i == len(parts))
+
+    def _read(
+        self, tasks: Iterator[Task], pin: bool, per_batch: int
+    ) -> Iterator[tuple[Task, Tensor, dict[int, str]]]:
+        """Every task with its images, and why which of them could not be read."""
         due: deque[Task] = deque()
 
-        def tasks() -> Iterator[Task]:
-            for epoch, samples in schedule:
-                due.append((epoch, samples, [paths[i] for i in samples]))
-                yield due[-1]
+        def noted() -> Iterator[Task]:
+            for task in tasks:
+                due.append(task)
+                yield task
 
-        to_come = tasks()
-        loaded = load(self.decode, to_come, self.processes, pin)
+        to_come = noted()
+        loaded = load(self.decode, to_come, self.processes, pin, per_batch)
         while True:
             try:
                 images, unreadable = next(loaded)
@@ -165,24 +230,18 @@ class OnDisk:
                     raise
                 self.trouble.loader_ended(str(error))
                 break
-            yield self._complete(due.popleft(), images, unreadable)
+            yield due.popleft(), images, unreadable
         while due or next(to_come, None) is not None:  # what was under way, once more, and the rest
-            yield self._complete(due[0], *self._here(due[0], pin))
-            due.popleft()
+            (here,) = load(self.decode, [due[0]], 0, pin)
+            yield due.popleft(), *here
 
-    def _here(self, task: Task, pin: bool) -> Loaded:
-        """Decode a task without loader processes."""
-        (loaded,) = load(self.decode, [task], 0, pin)
-        return loaded
-
-    def _complete(self, task: Task, images: Tensor, unreadable: dict[int, str]) -> HostBatch:
-        epoch, samples, paths = task
-        labels = self.labels[_rows(samples)]
+    def _stand_in(self, task: Task, unreadable: dict[int, str], images: Tensor, labels: Tensor) -> None:
+        """Put neighbours in the place of what could not be read."""
         for row, why in unreadable.items():
-            image, labels[row] = self.files.neighbour(self.decode, epoch, int(samples[row]), why)
+            sample = int(task.samples[row])
+            image, labels[row] = self.files.neighbour(self.decode, task.epoch, sample, why)
             images[row] = torch.from_numpy(image.copy())
-            self.trouble.unreadable(paths[row], why)
-        return HostBatch(epoch, samples, images, labels)
+            self.trouble.unreadable(task.paths[row], why)
 
 
 Source = InMemory | OnDisk
@@ -190,6 +249,15 @@ Source = InMemory | OnDisk
 
 def _rows(samples: np.ndarray) -> Tensor:
     return torch.from_numpy(samples.astype(np.int64, order="C"))  # a copy: torch takes no reversed view
+
+
+def _parts(samples: int) -> int:
+    """Tasks that a batch of so many samples is cut into."""
+    return -(-samples // TASK) or 1
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def decoded(files: Files, decode: Decode, threads: int, trouble: Trouble | None) -> InMemory:

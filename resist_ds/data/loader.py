@@ -24,25 +24,31 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from resist_ds.data.pixels import reason
 from resist_ds.errors import DataError, UserError
 
-AHEAD = 2  # batches per process that are read before they are due
+AHEAD = 2  # batches per process that are read before they are due, whatever tasks they are cut into
 _SHARED = "/dev/shm"
 Loaded = tuple[Tensor, dict[int, str]]  # images uint8 [B, 3, S, S]; {row: why it could not be read}
 
 
-def load(read: Dataset[Any], tasks: Iterable[Any], processes: int, pin: bool) -> Iterator[Loaded]:
+def load(
+    read: Dataset[Any], tasks: Iterable[Any], processes: int, pin: bool, per_batch: int = 1
+) -> Iterator[Loaded]:
     """What `read[task]` returns for each task, in order; `processes` do it (0: the caller).
 
     `read` returns a DataError where raising it in a loader process would bury its line in a traceback.
+
+    Args:
+        pin: whether images come in page-locked memory.
+        per_batch: tasks that a batch is cut into.
 
     Errors: DataError, in one line; also if a process has ended, or what it had read was lost on its way.
     """
     loader = DataLoader(
         read,
         sampler=tasks,
-        batch_size=None,  # a task is a batch already
+        batch_size=None,  # a task is read as one
         collate_fn=_unchanged,
         num_workers=processes,
-        prefetch_factor=AHEAD if processes else None,
+        prefetch_factor=AHEAD * per_batch if processes else None,
         pin_memory=pin,
         multiprocessing_context=_Context() if processes else None,
         worker_init_fn=_belong_to_the_rank,
@@ -72,7 +78,7 @@ class Stream:
 
     def waiting(self, processes: int) -> int:
         """Bytes that may wait in shared memory, for one rank."""
-        # Those ahead, the one that was delivered last, and the next one while that is still held.
+        # Those ahead, the one that was delivered last, and the next one, in its parts, while that is held.
         return int(min(AHEAD * processes + 2, self.batches)) * self.size if processes else 0
 
 

@@ -4,14 +4,17 @@ The ordinary modes become what torchvision and timm make of them, so that result
 dropped, grey is repeated, CMYK converted plainly, of several frames the first is taken, and an orientation in
 EXIF is not applied. More than 8 bits are scaled by the depth of the file; Pillow's own conversion would cut
 every value above 255 off. (Of 16-bit colour Pillow keeps the high byte, which is as good.) Where a file does
-not say which value is white, nobody can scale it: that is an error, not a guess. Imports no torch.
+not say which value is white, nobody can scale it: that is an error, not a guess. Of a JPEG that is to be
+scaled down no more is decoded than that takes. Imports no torch.
 """
 
 import errno
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
+from resist_ds.data.cut import Cut
 from resist_ds.errors import DataError
 
 _HAS_NO_PART = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of which errors the image is innocent
@@ -26,16 +29,27 @@ class UnreadableError(DataError):
     """One image that cannot be read; the line names it."""
 
 
-def read(path: str) -> Image.Image:
-    """An image file as RGB; UnreadableError with its path if it is none, or cannot be read faithfully."""
+def read(path: str, cut: Callable[[int, int], Cut] | None = None) -> Image.Image:
+    """An image file as RGB; UnreadableError with its path if it is none, or cannot be read faithfully.
+
+    Args:
+        cut: of its width and height; what is to be seen of it (default: the whole).
+    """
     try:
         with Image.open(path) as file:
-            return to_rgb(file)
+            if cut is None:
+                return to_rgb(file)
+            seen, whole = cut(*file.size), file.width
+            if seen.reduction > 1:  # only JPEGs heed it
+                file.draft(None, (file.width // seen.reduction, file.height // seen.reduction))
+            reduction = seen.reduction if file.width < whole else 1
+            image = to_rgb(file)
     except Exception as error:  # decoders raise nearly anything when they meet broken bytes
         said = f"cannot read the image {in_one_line(path)}: {reason(error)}"
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in _HAS_NO_PART:
             raise DataError(said) from None
         raise UnreadableError(said) from None
+    return seen.of(image, reduction)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -268,8 +268,10 @@ def _count_fsdp(comm: Comm, part: nn.Module) -> None:
 
 
 def _check_devices(comm: Comm, strategy: str) -> None:
-    if comm.device.type == "cuda" and comm.size > 1 and comm.buffer_device.type == "cpu":
-        raise UserError(f"--strategy {strategy} needs a GPU for every rank: start fewer ranks")
+    if comm.lack:
+        raise UserError(
+            f"--strategy {strategy} needs a GPU for every rank, and {comm.lack}: start fewer ranks"
+        )
 
 
 def _join_alone(comm: Comm) -> None:

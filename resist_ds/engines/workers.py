@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resist_ds.engines.engine import Engine, RandomDepth, TorchEngine
+from resist_ds.memory import host_bytes
 from resist_ds.nets.initial import Piece
 from resist_ds.nets.subnet import StateDict, StateLayout, Subnet, Worker
 from resist_ds.protocol.partition import Partition
@@ -46,7 +47,11 @@ class Workers(RankWorkers):
 
     @property
     def copies(self) -> int:  # type: ignore[override]
-        return 0 if self._round_start is None else self._round_start.nbytes
+        return 0 if self._round_start is None else host_bytes(self._round_start)
+
+    @property
+    def idle(self) -> int:  # type: ignore[override]
+        return sum(host_bytes(vector) for vector in self.vectors.values() if vector.is_pinned())
 
     @property
     def subnet(self) -> Subnet:
@@ -104,7 +109,7 @@ class Workers(RankWorkers):
         first = self._workers[0].vector
         if isinstance(self.engine, TorchEngine):
             if first is not self.subnet.vector:
-                self.subnet.vector.copy_(first)
+                self.subnet.vector.copy_(first, non_blocking=True)
             self.subnet.refresh()
             return self.subnet, self.vectors
         alone = {worker: self.layout.only_parameters(vector) for worker, vector in self.vectors.items()}

@@ -4,7 +4,7 @@ Those of resist, local_sgd and ddp rest on a step with fake tensors (`footprint`
 published formulas.
 """
 
-from resist_ds.forecast.footprint import Usage
+from resist_ds.forecast.footprint import Device, Usage
 from resist_ds.forecast.traffic import fsdp_units, gathered_itemsize
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
@@ -15,7 +15,7 @@ from resist_ds.protocol.sync import MEAN_CHUNK
 
 
 def memory_of(
-    strategy: str, ranks: int, slots: int, usage: Usage, blueprint: Blueprint, config: Config
+    strategy: str, ranks: int, slots: int, usage: Usage, blueprint: Blueprint, config: Config, device: Device
 ) -> dict[str, int]:
     """The fields of a `Prediction` that are bytes of a rank."""
     layout, size = StateLayout.of(blueprint, config, slots), itemsize(config)
@@ -25,7 +25,8 @@ def memory_of(
     if strategy in ("resist", "local_sgd"):
         travelling = layout.block.exchanged(config.optimizer_state == "travel")
         transit = max(min(config.transit_mib << 20, weights), travelling * size)
-        sync = usage.state + transit + 8 * MEAN_CHUNK
+        # averages are taken within the budget on a GPU
+        sync = usage.state + transit + (8 * MEAN_CHUNK if device == "cpu" else 0)
     held = _held(strategy, ranks, weights, usage.gradients, optimizer)
     return {
         **dict(zip(("weights", "gradients", "optimizer"), held, strict=True)),

@@ -152,7 +152,7 @@ class Plan:
         usage = self._footprints[lockstep, activation_checkpointing].usage(slots, batch)
         full = self._footprints[lockstep, False].usage(blueprint.pool, batch)
 
-        memory = memory_of(strategy, workers, slots, usage, blueprint, config)
+        memory = memory_of(strategy, workers, slots, usage, blueprint, config, question.device)
         if strategy in ("resist", "local_sgd"):
             sent_round = sent_per_round(blueprint, config, workers, slots)
             sent_step = sent_round / config.local_steps
@@ -196,7 +196,7 @@ def expected(
         slots, most: K, of whose rounds the bytes are, and the most in any round, of which the memory is.
     """
     usage = count_once(blueprint, config, most, img_size, device)
-    memory = memory_of(config.strategy, layout.ranks, most, usage, blueprint, config)
+    memory = memory_of(config.strategy, layout.ranks, most, usage, blueprint, config, device)
     if config.way.lockstep:
         sent: float = config.local_steps * sent_per_step(config.strategy, blueprint, config, layout.ranks)
     else:

@@ -70,6 +70,9 @@ class Config:
         free=True,
     )
     cache_mib: int = option(2048, "Image folders stay decoded in memory up to this size (MiB).", free=True)
+    gpu_cache_mib: int = option(
+        1024, "Decoded images stay on the GPU, if there is one, up to this size (MiB).", free=True
+    )
 
     strategy: Literal["resist", "local_sgd", "stochastic_depth", "ddp", "fsdp", "zero1", "zero2", "zero3"] = (
         option(

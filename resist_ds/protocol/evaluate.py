@@ -8,7 +8,9 @@ that the ranks share, just before that layer first normalises. They go through t
 the next BatchNorm that is not known yet, so that beside their activations only one group's work needs memory.
 
 Nothing here depends on the number of ranks: work is cut into groups and batches of fixed sizes, and
-what the ranks found is added up exactly, or in the order of the groups.
+what the ranks found is added up exactly, or in the order of the groups. The host waits for the device at the
+end alone: statistics stay where they are used, and what was found comes in one copy. (Where ranks share a
+GPU, gloo carries blocks and statistics through host memory, and they wait for each.)
 """
 
 import math
@@ -31,7 +33,7 @@ from resist_ds.nets.subnet import Subnet, bind
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, Partition
 
-GROUP = 32  # calibration images that go through the net, and are summed for the statistics, together
+GROUP = 32  # calibration images that go together through the net on a CPU; see `_group`
 
 
 class Samples(Protocol):
@@ -79,9 +81,10 @@ class Evaluation:
         )
         # Every rank takes whole groups; the images are spread evenly over the training set.
         images = min(config.calibration_samples, data.train_size)
-        self._groups = -(-images // GROUP)
+        self._group = _group(config, comm.device)
+        self._groups = -(-images // self._group)
         self._groups_per_rank = -(-self._groups // comm.size)
-        share = self._groups_per_rank * GROUP
+        share = self._groups_per_rank * self._group
         chosen = np.linspace(0, data.train_size - 1, images).round().astype(np.int64)
         self._calibration = chosen[comm.rank * share : (comm.rank + 1) * share]
         size = config.eval_batch_size or config.batch_size
@@ -118,48 +121,65 @@ class Evaluation:
             each = image_bytes * len(self._batches[0])
             room = free - walk.calibrating if self.memory is None else self.memory
             at_once = max(1, min(self.comm.gather(room // each)))
-            found: list[tuple[float, int, int]] = []
+            found, seen = [], 0
             for _ in range(0, -(-len(self._batches) // self.comm.size), at_once):
                 chunk = self.comm.agree(lambda: [(walk.before(x), y) for x, y in islice(test, at_once)])
                 waiting, labels = [x for x, _ in chunk], [y for _, y in chunk]
                 del chunk  # it would keep every block's input alive
                 walk.pool(waiting)
                 for x, y in zip(waiting, labels, strict=True):
-                    logits = walk.after(x).double()
-                    right = (logits.argmax(1) == y).sum()
-                    found.append((F.cross_entropy(logits, y, reduction="sum").item(), int(right), len(y)))
+                    found.append(_score(walk.after(x), y))
+                    seen += len(y)
         subnet.module.train()
-        losses, rights, counts = zip(*(row for rows in self.comm.gather(found) for row in rows), strict=True)
-        samples = sum(counts)
+        scores = torch.stack(found).tolist() if found else []
+        everyone = self.comm.gather((scores, seen))
+        losses, rights = zip(*(row for rows, _ in everyone for row in rows), strict=True)
+        samples = sum(images for _, images in everyone)
         assert samples == self.data.test_size
-        return Result(math.fsum(losses) / samples, sum(rights) / samples, walk.statistics)
+        return Result(math.fsum(losses) / samples, sum(rights) / samples, walk.statistics())
 
     def groups(self, images: Tensor) -> list[Tensor]:
         """This rank's calibration images in groups; one group, an empty one, where it has none."""
-        return list(images.split(GROUP)) if len(images) else [images]
+        return list(images.split(self._group)) if len(images) else [images]
 
-    def estimate(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def estimate(self, rows: Sequence[Tensor]) -> Tensor:
         """Mean and variance per channel over all ranks' calibration activations. Collective: all ranks.
 
         Args:
             rows: the `moments` of each of this rank's groups.
 
         Returns:
-            float64 [C] each, in host memory; from count, Σx and Σx² (averaging variances is wrong).
+            float64 [2, C], beside the rows; from count, Σx and Σx² (averaging variances is wrong).
         """
-        sums = rows[0].new_zeros(self._groups_per_rank, len(rows[0]))
-        for place, row in zip(sums, rows, strict=False):
-            place.copy_(row)
-        total = self.comm.gather_rows(sums, "eval")[: self._groups].sum(0)  # without the last ranks' padding
+        sums = F.pad(torch.stack(list(rows)), (0, 0, 0, self._groups_per_rank - len(rows)))
+        every = self.comm.gather_rows(sums, "eval")[: self._groups]  # without the last ranks' padding
+        total = every.sum(0).to(sums.device)
         mean, square = (total[1:] / total[0]).chunk(2)
-        return mean, (square - mean.square()).clamp_(min=0)
+        return torch.stack([mean, (square - mean.square()).clamp_(min=0)])
+
+
+def _group(config: Config, device: torch.device) -> int:
+    """Calibration images that go through the net, and are summed for the statistics, together.
+
+    On a GPU as many as in a training step: fewer would not fill it, and more might need more memory than that
+    step's forward pass had, which keeps what one pass without gradients drops. No number of ranks is in it.
+    """
+    return GROUP if device.type == "cpu" else max(GROUP, config.batch_size // config.accumulation_steps)
+
+
+def _score(logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ cross-entropy and right answers of logits [n, classes]: float64 [2], beside them."""
+    logits = logits.double()
+    right = (logits.argmax(1) == labels).sum(dtype=torch.float64)
+    return torch.stack([F.cross_entropy(logits, labels, reduction="sum"), right])
 
 
 def moments(x: Tensor) -> Tensor:
-    """Count, Σx and Σx² per channel of activations [n, C, …]: float64 [1 + 2C]."""
-    values = x.double().transpose(0, 1).flatten(1)
+    """Count, Σx and Σx² per channel of activations [n, C, …]: float64 [1 + 2C], beside them."""
+    # one copy, squared in its place: eight bytes per activation is all that it takes
+    values = x.transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format, copy=True).flatten(1)
     count = torch.full((1,), values.shape[1], dtype=torch.float64, device=x.device)
-    return torch.cat([count, values.sum(1), values.square().sum(1)])
+    return torch.cat([count, values.sum(1), values.square_().sum(1)])
 
 
 class _Walk:
@@ -179,7 +199,9 @@ class _Walk:
         self.scale = scale
         self.state = subnet.layout
         self.module_vector = subnet.vector  # on the device, in the numbers, that this rank computes with
-        self.statistics: Statistics = {}
+        # {BatchNorm: its mean and variance on the device}: float64 [2, C]; and in the numbers that it takes
+        self._exact: dict[str, Tensor] = {}
+        self._rounded: dict[str, list[Tensor]] = {}
         family = evaluation.blueprint.family
         self._before = [(path, subnet.module.get_submodule(path)) for path in family.before]
         self._after = [(path, subnet.module.get_submodule(path)) for path in family.after]
@@ -191,6 +213,17 @@ class _Walk:
         self._calibrate(self._before)
         first = self._calibration[0]
         return math.prod(first.shape[1:]) * first.element_size()
+
+    def statistics(self) -> Statistics:
+        """Of all BatchNorms, float64, in host memory; they come in one copy."""
+        if not self._exact:  # other norms keep none
+            return {}
+        flat = torch.cat([both.flatten() for both in self._exact.values()]).cpu()
+        parts = flat.split([both.numel() for both in self._exact.values()])
+        return {
+            name: (part[: len(part) // 2], part[len(part) // 2 :])
+            for name, part in zip(self._exact, parts, strict=True)
+        }
 
     @property
     def calibrating(self) -> int:
@@ -239,15 +272,17 @@ class _Walk:
                         rows.append(reached.moments)
                         name = reached.name
                 assert len(rows) == len(self._calibration), f"{unit[0]} has a BatchNorm that it does not use"
-                self.statistics[name] = self.evaluation.estimate(rows)
-                _set(norms[name], *self.statistics[name])
+                self._exact[name] = self.evaluation.estimate(rows)
+                dtype = self.module_vector.dtype
+                self._rounded[name] = [values.to(dtype, copy=True) for values in self._exact[name]]
+                _set(norms[name], self._rounded[name])
                 hooks.pop(name).remove()
             for i, group in enumerate(self._calibration):
                 self._calibration[i] = unit[1](group)
 
     def _restore(self, block: Named) -> None:
         for name, norm in _batch_norms([block]):
-            _set(norm, *self.statistics[name])
+            _set(norm, self._rounded[name])
 
     def _stream(self) -> Iterator[Named]:
         """The pool's blocks in order, each usable until the next one is asked for. Collective: all ranks.
@@ -292,14 +327,16 @@ class _Berth:
         owner = deal.owners[block]
         if owner in walk.vectors:
             part = walk.state.slot_part(walk.vectors[owner], deal.blocks[owner].index(block))
-            self.buffer.copy_(part[: layout.parameters])
+            # Nobody writes an idle worker's vector, which is pinned, before the device has been waited for.
+            part = part[: layout.parameters]
+            self.buffer.copy_(part, non_blocking=self.buffer.device.type == "cuda")
             walk.evaluation.blueprint.fold(layout.views(self.buffer), walk.scale)
         self._wait = comm.broadcast(self.buffer, walk.evaluation.layout.rank_of(owner), "eval")
 
     def arrived(self) -> nn.Module:
         """Wait for the block and return it."""
         self._wait()
-        if self.values is not self.buffer:
+        if self.values is not self.buffer:  # the host waits: it will write another block into the buffer
             self.values.copy_(self.buffer)
         return self.module
 
@@ -339,7 +376,6 @@ def _batch_norms(modules: Sequence[Named]) -> Iterator[Named]:
                 yield name, part
 
 
-def _set(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
-    assert isinstance(norm.running_mean, Tensor) and isinstance(norm.running_var, Tensor)
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
+def _set(norm: nn.Module, statistics: Sequence[Tensor]) -> None:
+    """Give a BatchNorm its mean and variance: these very tensors, which nothing writes, and no copies."""
+    norm.running_mean, norm.running_var = statistics

@@ -30,9 +30,10 @@ class RankWorkers(ABC):
     Attributes:
         layout: of each worker's vector.
         copies: bytes of host memory for round-start copies that exist for nothing else.
+        idle: bytes of pinned host memory for workers that wait for their turn on a GPU.
     """
 
-    copies = 0
+    copies = idle = 0
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 The files go into a partial folder; every rank hashes and syncs what it writes. Once all have reported
 success, rank 0 adds the indexes, the state and the manifest, syncs and renames the folder, and removes old
 checkpoints last. An error on any rank leaves the older checkpoints as they are and nothing else.
-In the background, what is written is a copy in host memory, and a later round completes the checkpoint.
+In the background, what is written is a `Snapshot`, and a later round completes the checkpoint.
 """
 
 import os
@@ -11,7 +11,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,9 +35,8 @@ from resist_ds.state.checkpoint import (
 )
 from resist_ds.state.folder import PARTIAL, REPLACED
 from resist_ds.state.run_state import STATE, State
+from resist_ds.state.snapshot import Snapshot, Tensors
 from resist_ds.state.storage import Entry, Spec
-
-Tensors = dict[str, dict[str, Tensor]]  # {group: {name: tensor}}
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Saver:
 
     Attributes:
         specs: {group: {name: type and shape}} of every tensor of a checkpoint.
-        copies: bytes of the largest copy in host memory so far.
+        copies: bytes of host memory that the largest copy took so far.
     """
 
     def __init__(
@@ -98,7 +97,11 @@ class Saver:
         self._keep = keep
         self.background = background
         self._job: _Job | None = None
-        self.copies = 0
+        self._snapshot = Snapshot(comm.device)
+
+    @property
+    def copies(self) -> int:
+        return self._snapshot.nbytes
 
     @property
     def in_flight(self) -> bool:
@@ -124,22 +127,18 @@ class Saver:
         self._job = job = _Job(state, partial, started, Written(error=error))
         if error is not None:
             return
+        if not self.background:
+            self._write(job, tensors)
+            return
         try:
-            if self.background:
-                tensors = {
-                    group: {n: t.to("cpu", copy=True) for n, t in g.items()} for group, g in tensors.items()
-                }
-                self.copies = max(self.copies, sum(t.nbytes for g in tensors.values() for t in g.values()))
+            tensors, wait = self._snapshot.take(tensors)
         except (MemoryError, RuntimeError) as no_memory:  # the older checkpoints and the run are worth more
             job.written.error = (
                 f"rank {self._comm.rank}: no host memory for a copy ({type(no_memory).__name__})"
             )
             return
-        if self.background:
-            job.thread = threading.Thread(target=self._write, args=(job, tensors), name="checkpoint")
-            job.thread.start()
-        else:
-            self._write(job, tensors)
+        job.thread = threading.Thread(target=self._write, args=(job, tensors, wait), name="checkpoint")
+        job.thread.start()
 
     def settle(self) -> Saved:
         """Complete the checkpoint that was begun: wait for all ranks' files. Collective: all ranks."""
@@ -169,10 +168,11 @@ class Saver:
                 return partial, _reason(error, partial)
         return partial, None
 
-    def _write(self, job: "_Job", tensors: Tensors) -> None:
-        """Write this rank's files; what goes wrong is reported by `settle`."""
+    def _write(self, job: "_Job", tensors: Tensors, wait: Callable[[], None] = lambda: None) -> None:
+        """Write this rank's files, after a wait for the tensors; what goes wrong is reported by `settle`."""
         rank, size = self._comm.rank, self._comm.size
         try:
+            wait()
             for group in GROUPS:
                 if not self.specs[group]:
                     continue

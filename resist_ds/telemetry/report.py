@@ -77,7 +77,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     lines = [
         f"{config.model}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of P = {pool} blocks",
         f"{data.name}: {data.train_size:,} training and {data.test_size:,} test images, "
-        f"{data.num_classes} classes, {data.img_size}×{data.img_size}",
+        f"{data.num_classes} classes, {data.img_size}×{data.img_size}{_kept(data)}",
         *data.remarks,
         f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}, "
         f"each with {blocks}: {100 * held:.0f} % of the parameters",
@@ -131,6 +131,7 @@ def _predicted(job: Job, slots: int, first: int) -> str | None:
     except Exception as error:  # what torch cannot do without storage must not end a run that it can do
         return f"predicted: nothing, this net's step cannot be counted ({type(error).__name__})"
     bytes_sent = f"{_megabytes(sent)} sent a round by all ranks" if comm.size > 1 else "nothing sent"
+    peak += job.data.on_gpu
     return f"predicted: {peak / 2**20:,.0f} MiB of tensors at the peak of a step, {bytes_sent}"
 
 
@@ -173,7 +174,7 @@ def closing(
     lines = [
         _table(rows),
         f"peaks are those of the rank ({where}); "
-        f"{baseline / GIB:.2f} GiB were in use before the run began (imports)",
+        f"{baseline / GIB:.2f} GiB were in use before the run began (imports){_kept(job.data)}",
         *(
             f"  on top, in host memory: {_megabytes(size)} per rank for --{option}"
             for option, size in copies.items()
@@ -249,6 +250,11 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def _kept(data: Data) -> str:
+    """What the data take of a GPU's memory, where they do."""
+    return f"; {_megabytes(data.on_gpu)} of images stay on the GPU (--gpu_cache_mib)" if data.on_gpu else ""
+
+
 def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB"
 
@@ -263,8 +269,8 @@ def _span(workers: Sequence[int]) -> str:
 
 def _device(comm: Comm) -> str:
     if comm.device.type == "cuda":
-        shared = ", shared by several ranks" if comm.backend == "gloo" else ""
-        return f"{torch.cuda.get_device_name(comm.device)}{shared}"
+        name = torch.cuda.get_device_name(comm.device)
+        return f"{name} ({comm.lack})" if comm.lack else name
     return "CPU"
 
 

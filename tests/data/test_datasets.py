@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from resist_ds.data.datasets import Data, InMemory, OnDisk, download, load_data, pad_crop_flip
+from resist_ds.data.datasets import Data, InMemory, OnDisk, download, load_data
+from resist_ds.data.on_device import PadCropFlip
 from resist_ds.data.order import Order, Purpose, crop_and_flip, keyed_hash, resized_crop
 from resist_ds.data.trouble import News
 from resist_ds.errors import DataError, RunError, UserError
@@ -142,7 +143,7 @@ def test_pad_crop_flip_is_the_plain_one():
     )
     samples = np.arange(100, 140)
     for flip in (True, False):
-        got = pad_crop_flip(images, 3, samples, seed=5, flip=flip)
+        got = PadCropFlip(5, 140, flip)(images, 3, torch.from_numpy(samples))
         for image, out, top, left, mirrored in zip(
             images, got, *crop_and_flip(5, 3, samples, 4), strict=True
         ):
@@ -240,7 +241,7 @@ def test_digits_are_never_mirrored():
     data = load_data(Config())
     samples = np.arange(64)
     images = data.train.images[samples]
-    got = data.augment(images, 0, samples)
+    got = data.augment(images, 0, torch.from_numpy(samples))
     tops, lefts, flips = crop_and_flip(0, 0, samples, 4)
     assert flips.any()
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
@@ -281,6 +282,23 @@ def test_the_classifier_has_at_least_the_classes_of_the_data():
     assert load_data(Config(num_classes=12)).num_classes == 12
     with pytest.raises(UserError, match="--num_classes 9 is too few: digits has 10 classes"):
         load_data(Config(num_classes=9))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where they are kept
+
+
+def test_decoded_images_wait_on_the_device_where_they_fit(folder):
+    data, device = load_data(Config()), torch.device("meta")  # the one other than a CPU that is always there
+    size = data.train.nbytes + data.test.nbytes
+    assert size == 1797 * (3 * 32 * 32 + 8) and size >> 20 == 5
+    kept = data.placed(device, 6)
+    assert {kept.train.images.device, kept.plain_train.labels.device, kept.test.images.device} == {device}
+    assert (kept.on_gpu, data.on_gpu, kept.train_size) == (size, 0, 1437) and kept.trouble is data.trouble
+    assert data.placed(device, 5) is data and data.placed(device, 0) is data  # too large
+    assert data.placed(CPU, 6) is data
+    streamed = load_data(Config(**folder, cache_mib=0))
+    assert streamed.placed(device, 1024) is streamed and streamed.on_gpu == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -359,7 +377,7 @@ def test_large_images_are_augmented_by_sample_in_whatever_process(folder):
         box, flip = resized_crop(3, 1, 7, *file.size)
         expected = v2.functional.pil_to_tensor(file.convert("RGB").crop(box).resize((70, 70), 2))
     expected = expected.flip(2) if flip else expected
-    raw = next(data.train.stream([(1, np.array([7]))], pin=False)).images[0]
+    raw = next(data.train.stream([(1, np.array([7]))], CPU)).images[0]
     assert torch.equal(raw, expected)
     assert not torch.equal(batches(data, [(2, samples)])[0][0], reference)
     plain = load_data(Config(**options, augment=False, data_workers=0))

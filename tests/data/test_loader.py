@@ -16,14 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
+from resist_ds.data import images
 from resist_ds.data.datasets import load_data
-from resist_ds.data.images import Decode, Files, HostBatch, OnDisk
-from resist_ds.data.loader import Stream, check_shared_memory
+from resist_ds.data.images import Batch, Decode, Files, OnDisk
+from resist_ds.data.loader import AHEAD, Stream, check_shared_memory
 from resist_ds.data.trouble import Trouble
 from resist_ds.errors import DataError, UserError
 from resist_ds.options.config import Config
 
 MB = 10**6
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ class Deadly(Decode):
 SCHEDULE = [(epoch, np.arange(12)[::-1][epoch::5]) for epoch in range(9)]
 
 
-def alike(batches: list[HostBatch], expected: list[HostBatch]) -> bool:
+def alike(batches: list[Batch], expected: list[Batch]) -> bool:
     return len(batches) == len(expected) and all(
         torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.epoch == b.epoch
         for a, b in zip(batches, expected, strict=True)
@@ -75,10 +77,10 @@ def alike(batches: list[HostBatch], expected: list[HostBatch]) -> bool:
     ],
 )  # fmt: skip
 def test_the_rank_reads_on_when_a_loader_process_fails(files: Files, decode: Decode, said: str) -> None:
-    expected = [*OnDisk(files, Decode(16, 0), 0, Trouble()).stream(SCHEDULE, pin=False)]
+    expected = [*OnDisk(files, Decode(16, 0), 0, Trouble()).stream(SCHEDULE, CPU)]
     trouble = Trouble()
     start = time.monotonic()
-    assert alike([*OnDisk(files, decode, 2, trouble).stream(iter(SCHEDULE), pin=False)], expected)
+    assert alike([*OnDisk(files, decode, 2, trouble).stream(iter(SCHEDULE), CPU)], expected)
     assert (
         time.monotonic() - start < 40
     )  # torch looks after its processes every 5 s; a lost batch stood for ever
@@ -86,11 +88,47 @@ def test_the_rank_reads_on_when_a_loader_process_fails(files: Files, decode: Dec
     assert line is not None and line.startswith(said) and "\n" not in line and not active_children()
 
 
+@pytest.mark.parametrize("kind", [Decode, Lossy, Deadly])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_batches_are_the_same_whatever_tasks_they_are_cut_into(
+    files: Files, kind: type[Decode], processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where loader processes fail in the middle of a batch."""
+    schedule = [(epoch, np.arange(12)[: 12 - epoch]) for epoch in range(5)]  # parts of unequal size
+    expected = [*OnDisk(files, Decode(16, 0), 0, Trouble()).stream(schedule, CPU)]
+    monkeypatch.setattr(images, "TASK", 5)
+    trouble = Trouble()
+    found = [*OnDisk(files, kind(16, 0), processes, trouble).stream(schedule, CPU)]
+    assert alike(found, expected)
+    assert [b.samples.tolist() for b in found] == [samples.tolist() for _, samples in schedule]
+    assert (trouble.take().loader is not None) == (processes > 0 and kind is not Decode)
+
+
+@pytest.mark.parametrize("task", [3, 32])
+def test_no_more_batches_are_read_ahead_than_shared_memory_was_checked_for(
+    files: Files, task: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no fewer, so that smaller tasks keep the processes as busy through a pause of the rank."""
+    monkeypatch.setattr(images, "TASK", task)
+    drawn = 0
+
+    def schedule() -> Iterator[tuple[int, np.ndarray]]:
+        nonlocal drawn
+        for epoch in range(20):
+            drawn += 1
+            yield epoch, np.arange(12)
+
+    ahead = []
+    for got, _ in enumerate(OnDisk(files, Decode(16, 0), 2, Trouble()).stream(schedule(), CPU), start=1):
+        ahead.append(drawn - got)
+    assert max(ahead) == AHEAD * 2 and Stream(1).waiting(2) >= max(ahead) + 2
+
+
 def test_what_keeps_even_the_rank_from_reading_is_one_line(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "open", lambda path: (_ for _ in ()).throw(MemoryError()))
-    stream = OnDisk(files, Decode(16), 0, Trouble()).stream(SCHEDULE, pin=False)
+    stream = OnDisk(files, Decode(16), 0, Trouble()).stream(SCHEDULE, CPU)
     with pytest.raises(DataError, match=r"^cannot read the image .*11.png: MemoryError$"):
         next(stream)
 
@@ -168,7 +206,7 @@ if __name__ == "__main__":
         print(error)
     trouble = Trouble()
     source = OnDisk(Files(sys.argv[1:], torch.arange(12)), Decode(224, 0), 2, trouble)
-    print(sum(len(batch.labels) for batch in source.stream([(0, numpy.arange(4))] * 9, pin=False)))
+    print(sum(len(batch.labels) for batch in source.stream([(0, numpy.arange(4))] * 9, torch.device("cpu"))))
     print(trouble.take().loader)
 """
 

@@ -257,11 +257,11 @@ def test_refused(line, message):
 
 
 LEAST = dict(
-    num_classes=1, img_size=1, data_workers=0, cache_mib=0, workers=1, local_steps=1, min_blocks=0,
-    warmup_rounds=0, transit_mib=1, batch_size=1, accumulation_steps=1, rounds=1, lr=0, momentum=0,
-    weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0, eval_every=0,
-    eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0, checkpoint_minutes=0,
-    keep=1, grace=0, seed=0, eps=0,
+    num_classes=1, img_size=1, data_workers=0, cache_mib=0, gpu_cache_mib=0, workers=1, local_steps=1,
+    min_blocks=0, warmup_rounds=0, transit_mib=1, batch_size=1, accumulation_steps=1, rounds=1, lr=0,
+    momentum=0, weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0,
+    eval_every=0, eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0,
+    checkpoint_minutes=0, keep=1, grace=0, seed=0, eps=0,
 )  # fmt: skip
 
 

@@ -193,6 +193,8 @@ QUEUE = Queue()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
+    if not tensor.numel():  # what numpy has made has strides then that allow no such view
+        return torch.empty(0, dtype=torch.uint8)
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 

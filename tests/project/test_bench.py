@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,11 +21,12 @@ import pytest
 from PIL import Image
 
 from resist_ds.comm import Comm
+from resist_ds.data import images
 from resist_ds.errors import RunError, Stopped, UserError
 from tests import ROOT
 from tests.conftest import _CONTEXT
 from tools import bench
-from tools.benchmark import link, ranks, tables
+from tools.benchmark import link, photos, ranks, tables
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 ranks_needed = pytest.mark.ranks
@@ -430,7 +432,9 @@ def handlers() -> Iterator[None]:
         ("--strategies resist --workers 2 --strategy ddp", "--strategy is not for the benchmarks"),
         ("--strategies resist --workers 2 --batch_sise 4", "unknown option --batch_sise"),
         ("--strategies resist --workers 2 --what local", "--what is not for a comparison"),
-        ("--what nonsense", "--what is 'nonsense': type some of local,sync,save"),
+        ("--what nonsense", "--what is 'nonsense': type some of local,sync,save,data"),
+        ("--what local --data_dir photos", "--data_dir is for --what data"),
+        ("--strategies resist --workers 2 --data_dir photos", "--data_dir is for --what data"),
         ("--link 1gbit", "--link is for a comparison"),
     ],
 )
@@ -445,6 +449,36 @@ def test_wrong_calls_are_one_line(
     assert bench.main(options.split()) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {line}") and said.err.count("\n") == 1 and said.out == ""
+
+
+@ranks_needed
+def test_every_way_to_a_batch_stands_beside_the_local_step(tmp_path: Path) -> None:
+    photos.make_photos(tmp_path / "photos", 4, (40, 30))
+    options = ("--what=data", "--repeats=2", "--steps=3", f"--data_dir={tmp_path / 'photos'}")
+    code, out, err = started_bench(tmp_path, *options).ended()
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "out" / "machinery.json").read_text())["data W=2"]
+    ways = [
+        f"image folder, {processes}, {decoded}"
+        for processes in ("0 processes", "1 process")
+        for decoded in ("decoded whole", "as small as seen")
+    ]
+    assert {"local step", "in memory, on the host", *ways} <= found["times"].keys()
+    assert found["first"].keys() == found["times"].keys() - {"local step"}
+    step = statistics.median(found["times"]["local step"])
+    for name, first in found["first"].items():
+        seconds = found["times"][name]
+        assert all(0 < a <= b for a, b in zip(first, seconds, strict=True)) and len(seconds) == 2
+        line = next(line for line in out.splitlines() if line.strip().startswith(name))
+        rate, ratio = re.search(r" ([\d.]+) \[.* ([\d.]+) × the step's", line).groups()  # type: ignore[union-attr]
+        assert float(rate) == pytest.approx(3 * 2 / statistics.median(seconds), abs=0.051)
+        assert float(ratio) == pytest.approx(step / statistics.median(seconds), abs=0.0051)
+
+
+def test_whole_is_every_pixel() -> None:
+    assert images.Decode(8).cut(4000, 3000, 0, 0).reduction == 8
+    assert photos.Whole(8).cut(4000, 3000, 0, 0).reduction == 1
+    assert photos.Whole(224, seed=0).cut(4000, 3000, 0, 0).reduction == 1
 
 
 @ranks_needed

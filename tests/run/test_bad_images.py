@@ -135,7 +135,7 @@ def test_ranks_in_lockstep_complete_the_round_too(
 def without_loaders(comm: Comm, folder: Path, options: dict[str, Any]) -> Outcome:
     """A run whose rank 1 loses its loader processes at its third batch."""
 
-    def broken(read: Any, tasks: Any, processes: int, pin: bool) -> Any:
+    def broken(read: Any, tasks: Any, processes: int, pin: bool, per_batch: int = 1) -> Any:
         for number, loaded in enumerate(load(read, tasks, 0, pin)):
             if processes and number == 2 and comm.rank == 1:
                 raise DataError("a loader process ended (killed): try fewer --data_workers")

@@ -83,6 +83,13 @@ def _local_steps_kill_their_rank() -> None:
     trainer.local_steps = killed  # type: ignore[assignment]
 
 
+def _local_steps_use_what_has_no_deterministic_form() -> None:
+    def scattered(*args: Any, **kwargs: Any) -> None:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+
+    trainer.local_steps = scattered  # type: ignore[assignment]
+
+
 def _tensorboard_is_not_installed() -> None:
     find = importlib.util.find_spec
     importlib.util.find_spec = lambda name, *rest: None if name == "tensorboard" else find(name, *rest)
@@ -96,6 +103,7 @@ def _another_machine_has_other_data() -> None:
 SABOTAGE = {
     "data": _another_machine_has_other_data,
     "defect": _local_steps_have_a_defect,
+    "deterministic": _local_steps_use_what_has_no_deterministic_form,
     "kill": _local_steps_kill_their_rank,
     "tensorboard": _tensorboard_is_not_installed,
 }
@@ -226,6 +234,15 @@ def test_tracker_that_is_not_installed(ranks: Ranks, tmp_path: Path) -> None:
     options = TINY | {"log_with": "tensorboard", "output_dir": str(tmp_path)}
     line = "--log_with tensorboard: type pip install tensorboard, or --log_with none"
     expect(ranks(outcome, 1, tmp_path, options, "tensorboard"), 2, line)
+
+
+@pytest.mark.parametrize("strategy", ["resist", "ddp"])
+def test_what_has_no_deterministic_form(strategy: str, ranks: Ranks, tmp_path: Path) -> None:
+    options = {"deterministic": True, "strategy": strategy, "output_dir": str(tmp_path)}
+    line = (
+        "torch has no deterministic form of put_, which preact_resnet_small uses: leave --deterministic out"
+    )
+    expect(ranks(outcome, 1, tmp_path, TINY | options, "deterministic"), 2, line)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 from resist_ds import launcher, rendezvous, trainer
 from resist_ds.comm import Comm
+from resist_ds.engines.parallel import data_parallel
 from resist_ds.errors import RunError, UserError
 from resist_ds.launcher import Launch
 from resist_ds.options.config import Config
+from resist_ds.rendezvous import Identity, Place, lack, places
 from tests.conftest import _CONTEXT
 from tests.run.test_errors import TINY
 from tests.run.test_signals import begin, until
@@ -138,6 +141,84 @@ def test_any_variables_are_a_place_or_one_line(environment: dict[str, str]) -> N
         assert 0 <= place.local_rank < place.local_size <= place.size
         assert 0 <= place.rank < place.size
         assert place.size == 1 or 0 < place.address[1] < 65536
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Who sits where
+
+OWN, HOST = None, "node0 b00t"
+# Every rank's identity, every rank's place, and why not every rank has a GPU of its own.
+SEATS: dict[str, tuple[list[Identity], list[Place], str | None]] = {
+    "four ranks that each see one of four GPUs, as cuda:0": (
+        [Identity(HOST, gpu) for gpu in "abcd"],
+        [Place(rank, 4, (rank,)) for rank in range(4)],
+        OWN,
+    ),
+    "four ranks on two GPUs": (
+        [Identity(HOST, gpu) for gpu in "abab"],
+        [Place(0, 4, (0, 2)), Place(1, 4, (1, 3)), Place(2, 4, (0, 2)), Place(3, 4, (1, 3))],
+        "ranks 0 and 2 have the same one",
+    ),
+    "two machines without GPUs, ranks dealt in turn": (
+        [Identity(machine, None) for machine in ("node0 b00t", "node1 b001", "node0 b00t", "node1 b001")],
+        [Place(0, 2, ()), Place(0, 2, ()), Place(1, 2, ()), Place(1, 2, ())],
+        OWN,
+    ),
+    "two machines of one name": (
+        [Identity(f"node0 {boot}", gpu) for boot, gpu in (("b00t", "a"), ("b001", "b"), ("b00t", "c"))],
+        [Place(0, 2, (0,)), Place(0, 1, (1,)), Place(1, 2, (2,))],
+        OWN,
+    ),
+    "two containers of a machine, which are given the same GPU": (
+        [Identity("left b00t", "a"), Identity("right b00t", "b"), Identity("right b00t", "a")],
+        [Place(0, 1, (0, 2)), Place(0, 2, (1,)), Place(1, 2, (0, 2))],
+        "ranks 0 and 2 have the same one",
+    ),
+    "machines with and without a GPU": (
+        [Identity("node0 b00t", "a"), Identity("node1 b001", None), Identity("node2 b002", None)],
+        [Place(0, 1, (0,)), Place(0, 1, ()), Place(0, 1, ())],
+        "rank 1 has none",
+    ),
+    "a single rank with a GPU": ([Identity(HOST, "a")], [Place(0, 1, (0,))], OWN),
+}
+
+
+@pytest.mark.parametrize("name", SEATS)
+def test_places_are_counted_by_machine_and_gpu(name: str) -> None:
+    identities, found, why = SEATS[name]
+    assert places(identities) == found
+    assert lack(found) == why
+
+
+def test_who_shares_a_gpu_is_named_where_a_strategy_needs_one_for_each_rank() -> None:
+    """DDP, FSDP2 and ZeRO communicate over NCCL alone, which has no two ranks on one GPU."""
+    line = "--strategy ddp needs a GPU for every rank, and ranks 0 and 2 have the same one: start fewer ranks"
+    crowded: Any = SimpleNamespace(size=4, lack="ranks 0 and 2 have the same one")
+    with pytest.raises(UserError, match=f"^{line}$"):
+        data_parallel(crowded, torch.nn.Linear(1, 1))
+
+
+CARD = {"pci_domain_id": 0, "pci_bus_id": 0x17, "pci_device_id": 2}
+CARDS: dict[str, tuple[dict[str, Any], str]] = {
+    "UUID": (CARD | {"uuid": "1f3c-77"}, "1f3c-77"),
+    "a build without": (CARD, "b00t [0, 23, 2]"),
+    "an older one yet": ({}, "b00t 1"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_gpu_is_known_by_its_uuid_else_by_where_it_is_plugged_in(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    properties, gpu = CARDS[name]
+    (tmp_path / "boot_id").write_text("b00t\n")
+    monkeypatch.setattr(rendezvous, "BOOT", tmp_path / "boot_id")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
+    assert Identity.of(torch.device("cuda", 1)) == (HOST, gpu)
+    assert Identity.of(torch.device("cpu")) == (HOST, None)
+    monkeypatch.setattr(rendezvous, "BOOT", tmp_path / "none")
+    assert Identity.of(torch.device("cpu")) == ("node0 ", None)
 
 
 # ------------------------------------------------------------------------------------------------------------

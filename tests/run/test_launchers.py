@@ -88,6 +88,9 @@ def command(launcher: str, script: Path) -> list[str]:
         ],
         "deepspeed": lambda: [deepspeed, "--num_gpus", "2", "--master_port", free_port()],
         "torchrun": lambda: [torchrun, "--nproc_per_node", "2", "--master_port", free_port()],
+        "torchrun virtual": lambda: [
+            *(torchrun, "--nproc_per_node", "2", "--virtual-local-rank", "--master_port", free_port())
+        ],
         "torchrun 1": lambda: [torchrun, "--nproc_per_node", "1", "--master_port", free_port()],
     }
     return [*prefix[launcher](), str(script)]
@@ -120,6 +123,8 @@ def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN)
     environment = clean_environment()
     if launcher == "torchrun 1":
         environment["PYTHONIOENCODING"] = "latin-1"  # a terminal that cannot show all of our signs
+    if launcher == "torchrun virtual":
+        environment["CUDA_VISIBLE_DEVICES"] = "-1,-1"  # it deals them out: to each rank one that is not there
     process = subprocess.Popen(
         [*command(launcher, script), *options, "--output_dir", str(place / "run")],
         cwd=place,
@@ -160,10 +165,27 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
     )
+    virtual = tmp_path_factory.mktemp("virtual") / "virtual.py"
+    virtual.write_text(
+        "import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from resist_ds import trainer\n"
+        "load = trainer.Trainer._load_data\n"
+        "def with_download(self):\n"
+        "    assert os.environ['LOCAL_RANK'] == '0'\n"
+        "    object.__setattr__(self.config, 'download', True)\n"
+        "    data = load(self)\n"
+        "    object.__setattr__(self.config, 'download', False)\n"
+        "    return data\n"
+        "trainer.Trainer._load_data = with_download\n"
+        "trainer.download = lambda config: print('downloads on rank', os.environ['RANK'], flush=True)\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
     jobs: dict[str, tuple[str, list[str], Path]] = {
         "accelerate": ("accelerate", JOB, TRAIN),
         "deepspeed": ("deepspeed", JOB, TRAIN),
         "torchrun": ("torchrun", JOB, TRAIN),
+        "torchrun virtual": ("torchrun virtual", JOB, virtual),
         **{f"{name}: ddp": (name, DDP, TRAIN) for name in ("deepspeed", "torchrun")},
         **{f"{name}: {way}": (name, [*DDP, "--strategy", way], TRAIN) for name, way in ENGINES},
         "python": ("python", JOB, TRAIN),
@@ -221,6 +243,14 @@ def test_two_ranks_give_the_same_run_whoever_launches_them(launcher: str, launch
     if launcher == "deepspeed":
         skip_on_gpus()
     assert run == expected
+
+
+def test_ranks_that_are_all_told_that_they_are_the_first_are_counted(launches: Launches) -> None:
+    """torchrun --virtual-local-rank sets LOCAL_RANK=0 everywhere: still one rank of a machine downloads."""
+    finished = launches("torchrun virtual")
+    assert trained(finished, ranks=2) == trained(launches("torchrun"), ranks=2)
+    assert re.findall(r"downloads on rank \d", finished.stdout) == ["downloads on rank 0"]
+    assert finished.stdout.count("who plays whom") == 1
 
 
 def test_ddp_gives_the_same_run_whoever_launches_it(launches: Launches) -> None:

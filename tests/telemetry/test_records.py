@@ -290,10 +290,11 @@ def test_optional_copies_and_dropped_rounds_are_reported(ranks: Ranks, tmp_path:
     assert "dropped for NaN or Inf: 4 rounds of a worker" in printed
 
 
-def opening(comm: Comm, options: dict[str, Any]) -> str:
+def opening(comm: Comm, options: dict[str, Any], images_on: str = "cpu") -> str:
     report.expected = plan.expected  # see tests/warm.py
     trainer = Trainer(comm, Config(**options))
-    facts = (trainer.config, comm, trainer.net.layout, trainer.net.blueprint, trainer.data, trainer.rounds)
+    data = trainer.data.placed(torch.device(images_on), 1024)
+    facts = (trainer.config, comm, trainer.net.layout, trainer.net.blueprint, data, trainer.rounds)
     return report.opening(report.Job(*facts), trainer.net.deal, trainer.start)
 
 
@@ -309,6 +310,15 @@ def test_the_first_lines_predict_memory_and_bytes(strategy: str, ranks: Ranks, t
     expected = plan.Plan(question).predict(strategy, 2)
     assert float(peak) == pytest.approx(expected.peak / 2**20, abs=0.51)
     assert float(sent) == pytest.approx(expected.sent_round / 1e6, abs=0.051)
+
+
+def test_images_on_a_gpu_are_part_of_its_memory(ranks: Ranks, tmp_path: Path) -> None:
+    options = OPTIONS | {"output_dir": str(tmp_path), "img_size": 32}
+    ((here,), (there,)) = (ranks(opening, 1, options, images_on) for images_on in ("cpu", "meta"))
+    size = 2560 * (3 * 32 * 32 + 8)
+    assert f"32×32; {size / 1e6:.1f} MB of images stay on the GPU (--gpu_cache_mib)" in there
+    peaks = [int(re.search(r"^predicted: (\d+) MiB", text, re.M)[1]) for text in (here, there)]  # type: ignore[index]
+    assert peaks[1] - peaks[0] == pytest.approx(size / 2**20, abs=1) and "GPU" not in here.splitlines()[1]
 
 
 def test_warm_up_rounds_count_in_the_predicted_memory(ranks: Ranks, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from resist_ds.options.config import Config
 from resist_ds.options.strategy import STRATEGIES
 from tools.benchmark import link
 
-PARTS = ("local", "sync", "save")  # of the machinery
+PARTS = ("local", "sync", "save", "data")  # of the machinery
 # These train alone and average once a round; the others average at every step, with one worker per rank.
 ONCE_A_ROUND = frozenset(name for name, way in STRATEGIES.items() if not way.lockstep)
 DEFAULTS = {
@@ -28,7 +28,6 @@ DEFAULTS = {
 FIXED: dict[str, Any] = {
     "strategy": "resist",
     "dataset": "synthetic",
-    "data_dir": None,
     "download": False,
     "num_classes": None,
     "warmup_rounds": 0,
@@ -52,6 +51,7 @@ class Asked:
         strategies: to compare, or empty: `parts` of the machinery are measured.
         workers: numbers of workers; of a comparison one.
         bits: a second of every rank's link, or None.
+        photos: an image folder for what data take, or None: one is made.
     """
 
     config: Config
@@ -64,6 +64,7 @@ class Asked:
     steps: int
     output_dir: Path
     timeout: float
+    photos: Path | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +78,7 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--strategies", metavar="A,B,...", help="of train.py's --strategy, to be compared")
-    parser.add_argument("--what", metavar="local,sync,save", help="parts of the machinery [all three]")
+    parser.add_argument("--what", metavar="local,sync,save,data", help="parts of the machinery [all]")
     parser.add_argument(
         "--workers", metavar="W", help="of a comparison; else several, separated by commas [2,4]"
     )
@@ -85,8 +86,11 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
     parser.add_argument(
         "--link", metavar="RATE", help="a network of so much for each rank: 1gbit (root, Linux)"
     )
+    parser.add_argument(
+        "--data_dir", type=Path, help="image folder for --what data [one of its own, of noise]"
+    )
     parser.add_argument("--repeats", type=int, help="[3, or 7 of each part]")
-    parser.add_argument("--steps", type=int, default=3, help="local steps in a repeat of --what local [3]")
+    parser.add_argument("--steps", type=int, default=3, help="in a repeat of --what local and data [3]")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/bench"), help="for the figures [runs/bench]"
     )
@@ -97,6 +101,9 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
         raise UserError("--what is not for a comparison: leave it or --strategies out")
     if not compared and (given.link or given.ranks):
         raise UserError(f"--{'link' if given.link else 'ranks'} is for a comparison: type --strategies too")
+    parts = _parts(given.what)
+    if given.data_dir is not None and (compared or "data" not in parts):
+        raise UserError("--data_dir is for --what data: type that too, or leave it out")
     for name in ("repeats", "steps", "timeout"):
         if (value := getattr(given, name)) is not None and value <= 0:
             raise UserError(f"--{name} is {value}: type a number above 0")
@@ -113,7 +120,7 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
     return Asked(
         config=config,
         strategies=strategies,
-        parts=_parts(given.what),
+        parts=parts,
         workers=workers,
         ranks=ranks,
         bits=_bits(given.link),
@@ -121,6 +128,7 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
         steps=given.steps,
         output_dir=given.output_dir.expanduser(),
         timeout=given.timeout,
+        photos=given.data_dir and given.data_dir.expanduser(),
     )
 
 

@@ -37,7 +37,7 @@ Times = dict[str, list[float]]
 OURS = "resist_ds"
 
 
-def measure(config: Config, part: str, *, repeats: int, steps: int, folder: Path) -> dict[str, Any]:
+def measure(config: Config, part: str, repeats: int, steps: int, *, folder: Path) -> dict[str, Any]:
     """Times of one part, with W = R (one rank for `local`), printed and returned.
 
     Args:
@@ -97,23 +97,35 @@ def local(comm: Comm, config: Config, repeats: int, steps: int) -> dict[str, Any
     """Our local steps, and a bare loop over a plain net that holds as many pool blocks."""
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
+    assert config.workers is not None
+    pool = Blueprint(config.model, CLASSES).pool
+    bare_step = bare_loop(
+        comm.device, config, sample_partition(config.seed, 0, workers=config.workers, pool=pool).slots
+    )
+
+    def bare() -> None:
+        for _ in range(steps):
+            bare_step()
+
+    return {
+        "times": interleave({OURS: our_steps(comm, config, steps), "bare loop": bare}, repeats, comm.device)
+    }
+
+
+def our_steps(comm: Comm, config: Config, steps: int) -> Callable[[], None]:
+    """So many local steps of one of W workers, on images that are there."""
     blueprint = Blueprint(config.model, CLASSES)
     assert config.workers is not None
     deal = sample_partition(config.seed, 0, workers=config.workers, pool=blueprint.pool)
     crew = Workers(comm, Layout(1, 1), blueprint, config, deal)
     next(crew.turns())  # its state is in the engine
-    bare_step = bare_loop(comm.device, config, deal.slots)
     x, y = images(config, comm.device)
 
     def ours() -> None:
         batches: Iterator[tuple[Tensor, Tensor]] = repeat((x, y))
         local_steps(crew.engine, batches, rates=[config.lr] * steps)
 
-    def bare() -> None:
-        for _ in range(steps):
-            bare_step()
-
-    return {"times": interleave({OURS: ours, "bare loop": bare}, repeats, comm.device)}
+    return ours
 
 
 def sync(comm: Comm, config: Config, repeats: int) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def run(
                 receiver, sender = _CONTEXT.Pipe(duplex=False)
                 receivers.append(receiver)
                 job = (function, rank, size, f"{folder}/rendezvous", network, log, sender, args)
-                processes.append(_CONTEXT.Process(target=_life, args=job, daemon=True))
+                processes.append(_CONTEXT.Process(target=_life, args=job))  # a daemon has no loader processes
                 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the callbacks of a fork drop exceptions
                 processes[-1].start()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
