@@ -41,7 +41,12 @@ def live(folder: Path, job: Job, rank: int) -> None:
 
 def main(folder: Path) -> None:
     jobs: list[Job] = pickle.loads((folder / "jobs").read_bytes())
-    for module in ("resist_ds.trainer", "tests.pretend_gpu.device", "torch.optim.adamw", "deepspeed.comm"):
+    for module in (
+        "tests.warm",
+        "tests.pretend_gpu.device",
+        "resist_ds.engines.zero",
+        "resist_ds.engines.fsdp",
+    ):
         importlib.import_module(module)
     ranks = []
     for job in jobs:

@@ -49,7 +49,7 @@ def install(gpus: Sequence[int]) -> None:
 
 
 def _free_storage(tensor: GpuTensor) -> None:
-    """FSDP2 takes a tensor's memory away and gives it back later; in between its numbers are not to be used."""
+    """FSDP2 takes a tensor's memory away and gives it back later: its numbers are lost."""
     tensor.inner.fill_(float("nan"))
 
 

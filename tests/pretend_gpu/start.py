@@ -1,4 +1,4 @@
-"""Starts ranks that see pretended GPUs, each a process of its own: there is no way back from believing in them."""
+"""Starts ranks that see pretended GPUs, each a process: there is no way back from believing in them."""
 
 import os
 import pickle
@@ -53,7 +53,7 @@ class Ranks:
             command, cwd=ROOT, env=os.environ | environment, start_new_session=True
         )
 
-    def results(self, timeout: float = 100) -> dict[str, list[Any]]:
+    def results(self, timeout: float = 200) -> dict[str, list[Any]]:
         """{job: what its function returned, by rank}; the test fails where one did not come to its end."""
         try:
             self._process.wait(timeout)

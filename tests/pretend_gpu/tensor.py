@@ -130,35 +130,34 @@ class Queue:
 
     def __init__(self) -> None:
         self._begun = 0
-        self._waiting: dict[int, Callable[[], None]] = {}
-        self._memory: dict[int, tuple[int, int]] = {}  # of the host, that each of them touches
+        self._waiting: dict[int, Callable[[], object]] = {}
+        self._memory: dict[int, range] = {}  # of the host, that each of them touches
         self._lock = threading.RLock()  # a checkpoint's thread waits too
 
     def in_order(self, host: Tensor) -> None:
         """Before another copy from or to this memory: a stream is done with what came before in it."""
-        start, stop = _span(host)
         with self._lock:
-            for number, (first, last) in list(self._memory.items()):
-                if first < stop and start < last:
+            for number, memory in list(self._memory.items()):
+                if memory.start < _memory(host).stop and _memory(host).start < memory.stop:
                     self._finish(number)
 
     def begin_download(self, host: Tensor, values: Tensor) -> None:
         """The numbers arrive when they are waited for; until then there are others."""
         values = values.to(host.dtype, copy=True)
         host.fill_(float("nan") if host.is_floating_point() else torch.iinfo(host.dtype).max)
-        self._add(lambda: host.copy_(values), host)
+        self._begin(lambda: host.copy_(values), host)
 
     def begin_upload(self, host: Tensor) -> None:
         """The numbers must stay what they are until the copy was waited for."""
-        values, where = host.clone(), _bytes(host).clone()
+        values = _bytes(host).clone()
 
         def check() -> None:
-            if not torch.equal(where, _bytes(host)):
+            if not torch.equal(values, _bytes(host)):
                 raise RuntimeError(
-                    f"pinned memory {tuple(values.shape)} was overwritten while it was copied from"
+                    f"pinned memory {tuple(host.shape)} was overwritten before its copy was done"
                 )
 
-        self._add(check, host)
+        self._begin(check, host)
 
     def mark(self) -> int:
         """What has been begun up to now: an event."""
@@ -167,31 +166,30 @@ class Queue:
     def wait(self, mark: int | None = None) -> None:
         """Until all that was begun before the mark, or before now, is done."""
         with self._lock:
-            due = [number for number in self._waiting if mark is None or number <= mark]
-            for number in due:
+            for number in [n for n in self._waiting if mark is None or n <= mark]:
                 self._finish(number)
 
     def done(self, mark: int) -> bool:
         with self._lock:
             return all(number > mark for number in self._waiting)
 
-    def _add(self, finish: Callable[[], object], host: Tensor) -> None:
+    def _begin(self, finish: Callable[[], object], host: Tensor) -> None:
         with self._lock:
             self._begun += 1
-            self._waiting[self._begun] = finish  # type: ignore[assignment]
-            self._memory[self._begun] = _span(host)
+            self._waiting[self._begun] = finish
+            self._memory[self._begun] = _memory(host)
 
     def _finish(self, number: int) -> None:
         del self._memory[number]
         self._waiting.pop(number)()
 
 
+def _memory(tensor: Tensor) -> range:
+    """Where a dense tensor lies."""
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
 QUEUE = Queue()
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Where a dense tensor's memory begins and ends."""
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _bytes(tensor: Tensor) -> Tensor:
