@@ -32,9 +32,7 @@ def measure(config: Config, repeats: int, steps: int, *, modes: Sequence[str]) -
     Args:
         modes: of `asked.MODES`; none: all on a GPU, eager on a CPU.
     """
-    blueprint = Blueprint(config.model, CLASSES)
-    slots = slots_for(config.workers or 1, blueprint.pool, config.min_blocks)
-    nets = {f"sub-ResNet, K = {slots}": config, f"full net, P = {blueprint.pool}": replace(config, workers=1)}
+    nets = {"sub-ResNet": config, "full net": replace(config, workers=1, min_blocks=0)}
     modes = modes or (tuple(MODES) if torch.cuda.device_count() else ("eager",))
     print(f"\nlocal step, W = {config.workers}, {config.mixed_precision}: images/s, ours and of a bare loop")
     found: dict[str, Any] = {}
@@ -43,7 +41,7 @@ def measure(config: Config, repeats: int, steps: int, *, modes: Sequence[str]) -
             tried = replace(given, compile=mode != "eager", compile_mode=MODES[mode])
             each = ranks.run(one, 1, tried, repeats, steps)[0]
             found[f"{net}, {mode}"] = each
-            _show(f"{net}, {mode}", each, steps * config.batch_size)
+            _show(f"{net}, K = {each['slots']}, {mode}", each, steps * config.batch_size)
     for net in nets:
         eager, *rest = (statistics.median(found[f"{net}, {mode}"]["times"][OURS]) for mode in modes)
         for mode, seconds in zip(modes[1:], rest, strict=True):
@@ -56,8 +54,9 @@ def _show(name: str, each: dict[str, Any], images: int) -> None:
     rate, slowest, fastest = (images / f(ours) for f in (statistics.median, max, min))
     done = each["flops"] * rate
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
+    plain = images / statistics.median(bare)
     print(
-        f"  {name:30s} {rate:9.1f} [{slowest:.1f} … {fastest:.1f}]   bare {images / statistics.median(bare):9.1f}"
+        f"  {name:30s} {rate:9.1f} [{slowest:.1f} … {fastest:.1f}]   bare {plain:9.1f}"
         f"   ours takes {ratio:.3f} × its time   {done / 1e12:7.2f} TFLOP/s, "
         f"{100 * done / each['product']:.0f} % of a product's {each['product'] / 1e12:.1f}"
     )
@@ -67,8 +66,8 @@ def one(comm: Comm, config: Config, repeats: int, steps: int) -> dict[str, Any]:
     """Seconds of one net in one mode.
 
     Returns:
-        "times": {side: seconds of `steps` steps, of every repeat}; "flops": of a step, per image, two for a
-        multiply-add; "product": floating-point operations a second in a large matrix product.
+        "slots": K; "times": {side: seconds of `steps` steps, of every repeat}; "flops": of a step, per image,
+        two for a multiply-add; "product": floating-point operations a second in a large matrix product.
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
@@ -83,7 +82,7 @@ def one(comm: Comm, config: Config, repeats: int, steps: int) -> dict[str, Any]:
 
     times = interleave({OURS: our_steps(comm, config, steps), BARE: bare}, repeats, comm.device)
     flops = multiply_adds(blueprint, slots, config) / config.batch_size
-    return {"times": times, "flops": flops, "product": product(config, comm.device)}
+    return {"slots": slots, "times": times, "flops": flops, "product": product(config, comm.device)}
 
 
 def product(config: Config, device: torch.device) -> float:
