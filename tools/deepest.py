@@ -144,7 +144,7 @@ def predicted(config: Config) -> Callable[[Arm, int], float]:
         strategy, checkpointing = arm
         found = usage(strategy != "resist", checkpointing, slots)
         ranks = config.workers or 1
-        memory = memory_of(strategy, ranks, slots, found, blueprint_of(slots), of(config, arm))
+        memory = memory_of(strategy, ranks, slots, found, blueprint_of(slots), of(config, arm), "cuda")
         return max(memory["step"] + memory["transit"], memory["sync"])
 
     def takes(arm: Arm, slots: int) -> float:

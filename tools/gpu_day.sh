@@ -5,22 +5,29 @@
 #
 #   tools/gpu_day.sh [-o OUT] [--dry-run] [--cpu] [PART ...]
 #
-#   smoke   every strategy, on one rank and on several; more workers than ranks, bf16, channels_last, saving,
-#           resuming, exporting: tiny runs that end with exit code 0
-#   suite   the tests that need a GPU, then those of engines, protocol and state, as far as the time goes
-#   demo    tools/demo.py: four sub-ResNets against one net, on handwritten digits
-#   bench   tools/bench.py: what a local step, a synchronisation and a checkpoint cost; strategies side by side
+#   smoke     every strategy, on one rank and on several; more workers than ranks, bf16, channels_last, compiled,
+#             saving, resuming, exporting: tiny runs that end with exit code 0
+#   suite     the tests of GPUs: the protocol against its simulation (over NCCL where there are GPUs enough),
+#             bits under --deterministic, peaks of memory against the forecast
+#   speed     images/s of the sub-ResNet and the full net: eager, compiled, graphed, beside a bare loop and the
+#             card's rate; the CIFAR net, then resnetv2_101 at 224 pixels
+#   memory    peaks of every strategy beside the prediction, and the deepest net in 20 GiB, measured and predicted
+#   demo      tools/demo.py: four sub-ResNets against one net, on handwritten digits
+#   bench     what a synchronisation, a checkpoint and the delivery of batches cost; strategies side by side
+#   accuracy  preact_resnet101 on CIFAR-10, W = 4 and one net with the batches of all, as many images each;
+#             --data_dir names the folder of images, EPOCHS the passes (default: 10)
 #
-# Without PART: all of them, in this order. -o: the folder of results (default: runs/gpu_day), a file per part
-# and summary.txt with a line per part. --dry-run prints the commands. --cpu is a rehearsal without a GPU, of
-# smoke unless parts are named, and the results say so. PYTHON names the interpreter (default: python).
+# Without PART: all of them, in this order, but for accuracy where --data_dir is not typed. -o: the folder of
+# results (default: runs/gpu_day), a file per part and summary.txt with a line per part. --dry-run prints the
+# commands. --cpu is a rehearsal without a GPU, of smoke unless parts are named, and the results say so. PYTHON
+# names the interpreter (default: python).
 # Exit code: 0, 1 if a step of any part has failed, 2 for what cannot be done (no GPU, say).
 set -u
 
-readonly PARTS=(smoke suite demo bench)
+readonly PARTS=(smoke suite speed memory demo bench accuracy)
 readonly PART_SECONDS=570 STEP_SECONDS=300
 PYTHON=${PYTHON:-python}
-out=runs/gpu_day dry='' cpu='' parts=()
+out=runs/gpu_day dry='' cpu='' data='' parts=()
 
 fail() {
   echo "error: $1" >&2
@@ -30,6 +37,7 @@ fail() {
 while (($#)); do
   case $1 in
     -o) (($# > 1)) || fail '-o needs a folder'; out=$2; shift ;;
+    --data_dir) (($# > 1)) || fail '--data_dir needs a folder'; data=$2; shift ;;
     --dry-run) dry=yes ;;
     --cpu) cpu=yes ;;
     -h | --help) sed -n '4,/^set/{s/^# \{0,1\}//;/^set/!p}' "$0"; exit ;;
@@ -38,10 +46,14 @@ while (($#)); do
   shift
 done
 [[ $out == /* ]] || out=$PWD/$out
+[[ -z $data || $data == /* ]] || data=$PWD/$data
+if [[ " ${parts[*]} " == *' accuracy '* && -z $data ]]; then
+  fail 'accuracy needs --data_dir FOLDER, with train/ and test/ of a folder of images per class'
+fi
 cd "$(dirname "$0")/.." || exit 2
 
 if ((${#parts[@]} == 0)); then
-  if [[ $cpu ]]; then parts=(smoke); else parts=("${PARTS[@]}"); fi
+  if [[ $cpu ]]; then parts=(smoke); elif [[ $data ]]; then parts=("${PARTS[@]}"); else parts=("${PARTS[@]::6}"); fi
 fi
 if [[ $cpu ]]; then
   export CUDA_VISIBLE_DEVICES=''
@@ -99,15 +111,41 @@ smoke() {
     ((gpus >= 4)) && [[ ! $cpu ]] && run "$strategy-4" 4 --strategy "$strategy"
   done
   run adamw-clip-compile 1 --workers 2 --optimizer adamw --lr 0.001 --clip_grad 1 --compile true
+  run graphed 1 --workers 2 --compile true --compile_mode reduce-overhead --mixed_precision bf16
+  run deterministic 1 --workers 2 --deterministic true
+  run data-on-the-host 1 --workers 2 --gpu_cache_mib 0
   run checkpointing-fp16 1 --workers 2 --activation_checkpointing true --mixed_precision fp16
   [[ $cpu ]] || run resnetv2_50 1 --workers 2 --model resnetv2_50 --img_size 224 --mixed_precision bf16
 }
 
 suite() {
   step gpu "$PYTHON" -m pytest -q -m gpu
-  step engines "$PYTHON" -m pytest -q tests/engines
-  step protocol "$PYTHON" -m pytest -q tests/protocol
-  step state "$PYTHON" -m pytest -q tests/state
+}
+
+speed() {
+  local fast=(--batch_size 128 --mixed_precision bf16 --channels_last true --workers 4)
+  step cifar "$PYTHON" tools/bench.py --what step "${fast[@]}" --steps 20 --repeats 5 --output_dir "$out/speed/cifar"
+  step imagenet "$PYTHON" tools/bench.py --what step "${fast[@]}" --model resnetv2_101 --img_size 224 \
+    --steps 10 --repeats 3 --output_dir "$out/speed/imagenet"
+}
+
+memory() {
+  local strategy checkpointing net folder=$out/memory
+  net=(--dataset synthetic --model preact_resnet101 --batch_size 128 --local_steps 5 --rounds 2 --eval_every 0)
+  net+=(--mixed_precision bf16 --channels_last true --calibration_samples 128 --checkpoint_every 0)
+  net+=(--log_with none --progress false)
+  for checkpointing in false true; do
+    for strategy in resist local_sgd ddp fsdp zero3; do
+      # One rank: a GPU each is what fsdp and zero3 want. Their tensors take no memory format.
+      train 1 "${net[@]}" --strategy "$strategy" --activation_checkpointing "$checkpointing" \
+        --output_dir "$folder/$strategy-$checkpointing"
+      [[ $strategy == resist || $strategy == local_sgd ]] && command+=(--workers 4)
+      [[ $strategy == fsdp || $strategy == zero3 ]] && command+=(--channels_last false)
+      step "$strategy-$checkpointing" "${command[@]}"
+    done
+  done
+  step deepest "$PYTHON" tools/deepest.py --memory 20gib --measure --output_dir "$folder/deepest"
+  step deepest-predicted "$PYTHON" tools/deepest.py --memory 20gib --output_dir "$folder/deepest-predicted"
 }
 
 demo() {
@@ -118,6 +156,22 @@ bench() {
   step machinery "$PYTHON" tools/bench.py --what local,sync,save --output_dir "$out/bench/machinery"
   step strategies "$PYTHON" tools/bench.py --strategies resist,local_sgd,ddp --workers 2 --batch_size 32 \
     --output_dir "$out/bench/strategies"
+  step data "$PYTHON" tools/bench.py --what data --workers 4 --batch_size 128 --mixed_precision bf16 \
+    --channels_last true --output_dir "$out/bench/data"
+  step data-224 "$PYTHON" tools/bench.py --what data --workers 4 --model resnetv2_101 --img_size 224 --batch_size 128 \
+    --mixed_precision bf16 --channels_last true --repeats 3 --output_dir "$out/bench/data-224"
+}
+
+accuracy() { # EPOCHS of them, as many images for both; what does not come to its end has its records so far
+  local net folder=$out/accuracy
+  net=(--dataset imagefolder --data_dir "$data" --img_size 32 --model preact_resnet101 --mixed_precision bf16)
+  net+=(--channels_last true --compile true --lr 0.1 --schedule cosine --lr_warmup_steps 200 --epochs "${EPOCHS:-10}")
+  net+=(--eval_every 10 --checkpoint_every 50 --log_with none --progress false)
+  train 1 "${net[@]}" --workers 4 --local_steps 10 --output_dir "$folder/resist"
+  step resist "${command[@]}"
+  train 1 "${net[@]}" --strategy ddp --batch_size 512 --accumulation_steps 4 --local_steps 10 \
+    --output_dir "$folder/one-net"
+  step one-net "${command[@]}"
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -153,7 +207,7 @@ play() { # PART: its line for the summary goes to the screen, too
   : >"$log"
   "$1"
   ((${#failed[@]} == 0)) || verdict=FAILED
-  printf -v line '%-6s %-6s %d of %d steps in %d s%s' "$1" "$verdict" $((steps - ${#failed[@]})) "$steps" \
+  printf -v line '%-8s %-6s %d of %d steps in %d s%s' "$1" "$verdict" $((steps - ${#failed[@]})) "$steps" \
     $((SECONDS - began)) "$where"
   ((${#failed[@]} == 0)) || line+=": $(printf '%s, ' "${failed[@]}" | sed 's/, $//')"
   echo "$line" | tee -a "$out/summary.txt"

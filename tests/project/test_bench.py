@@ -432,8 +432,10 @@ def handlers() -> Iterator[None]:
         ("--strategies resist --workers 2 --strategy ddp", "--strategy is not for the benchmarks"),
         ("--strategies resist --workers 2 --batch_sise 4", "unknown option --batch_sise"),
         ("--strategies resist --workers 2 --what local", "--what is not for a comparison"),
-        ("--what nonsense", "--what is 'nonsense': type some of local,sync,save,data"),
+        ("--what nonsense", "--what is 'nonsense': type some of local,sync,save,data,step"),
         ("--what local --data_dir photos", "--data_dir is for --what data"),
+        ("--modes eager", "--modes is for --what step"),
+        ("--what step --modes fast", "--modes names 'fast': type some of eager,compiled,graphed"),
         ("--strategies resist --workers 2 --data_dir photos", "--data_dir is for --what data"),
         ("--link 1gbit", "--link is for a comparison"),
     ],
@@ -473,6 +475,26 @@ def test_every_way_to_a_batch_stands_beside_the_local_step(tmp_path: Path) -> No
         rate, ratio = re.search(r" ([\d.]+) \[.* ([\d.]+) × the step's", line).groups()  # type: ignore[union-attr]
         assert float(rate) == pytest.approx(3 * 2 / statistics.median(seconds), abs=0.051)
         assert float(ratio) == pytest.approx(step / statistics.median(seconds), abs=0.0051)
+
+
+@ranks_needed
+def test_images_a_second_of_a_step_stand_beside_a_bare_loop(tmp_path: Path) -> None:
+    code, out, err = started_bench(tmp_path, "--what=step", "--repeats=2", "--steps=3").ended()
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "out" / "machinery.json").read_text())["step W=2"]
+    assert found.keys() == {"sub-ResNet, eager", "full net, eager"}
+    assert [each["slots"] for each in found.values()] == [4, 8]
+    for name, each in found.items():
+        net, mode = name.split(", ")
+        line = next(line for line in out.splitlines() if f"{net}, K = {each['slots']}, {mode}" in line)
+        ours = statistics.median(each["times"]["resist_ds"])
+        rate, flops, share = re.search(r"eager +([\d.]+) .* ([\d.]+) TFLOP/s, (\d+) %", line).groups()  # type: ignore[union-attr]
+        assert float(rate) == pytest.approx(3 * 2 / ours, abs=0.051)
+        done = each["flops"] * 3 * 2 / ours
+        assert float(flops) == pytest.approx(done / 1e12, abs=0.0051)
+        assert int(share) == pytest.approx(100 * done / each["product"], abs=0.51)
+    sub, full = (each["flops"] for each in found.values())
+    assert 0.4 < sub / full < 0.7
 
 
 def test_whole_is_every_pixel() -> None:

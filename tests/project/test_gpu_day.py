@@ -12,10 +12,12 @@ import pytest
 from resist_ds.options.command_line import parse
 from resist_ds.options.strategy import STRATEGIES
 from tests import ROOT
+from tools import deepest
 from tools.benchmark.asked import read
 
 SCRIPT = ROOT / "tools" / "gpu_day.sh"
-PARTS = ["smoke", "suite", "demo", "bench"]
+PARTS = ["smoke", "suite", "speed", "memory", "demo", "bench", "accuracy"]
+DATA = ("--data_dir", "images")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -34,7 +36,7 @@ def commands(*words: str) -> list[list[str]]:
     return [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
 
 
-@pytest.mark.parametrize("words", [(), ("--cpu",)], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("words", [DATA, ("--cpu",)], ids=["gpu", "cpu"])
 def test_every_option_that_it_types_is_one(words: tuple[str, ...]) -> None:
     strategies: set[str] = set()
     several: set[str] = set()
@@ -51,14 +53,18 @@ def test_every_option_that_it_types_is_one(words: tuple[str, ...]) -> None:
                 several.add(config.strategy)
         elif name == "tools/bench.py":
             read(options, "")
+        elif name == "tools/deepest.py":
+            deepest.parse(options)
         elif name == "pytest":
             assert all((ROOT / word).exists() for word in options if word.startswith("tests"))
     assert strategies == set(STRATEGIES)
-    assert several == (strategies - {"stochastic_depth"} if words else {"resist", "local_sgd"})
+    on_one_gpu = {"resist", "local_sgd"}
+    assert several == (on_one_gpu if words == DATA else strategies - {"stochastic_depth"})
 
 
 def test_all_parts_in_their_order_or_those_that_are_named() -> None:
-    for words, parts in (((), PARTS), (("bench", "demo"), ["bench", "demo"]), (("--cpu",), ["smoke"])):
+    cases = ((DATA, PARTS), ((), PARTS[:-1]), (("bench", "demo"), ["bench", "demo"]), (("--cpu",), ["smoke"]))
+    for words, parts in cases:
         said = gpu_day("--dry-run", *words).stdout.splitlines()
         assert [line[2:] for line in said if line.startswith("# ")] == parts
 
@@ -69,7 +75,7 @@ def test_without_a_gpu_it_says_so() -> None:
     assert done.stderr.startswith("error: there is no GPU: --dry-run ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [("smok",), ("-o",), ("--gpu",)])
+@pytest.mark.parametrize("words", [("smok",), ("-o",), ("--gpu",), ("accuracy",), ("--data_dir",)])
 def test_a_wrong_call_is_answered_in_one_line(words: tuple[str, ...]) -> None:
     done = gpu_day(*words)
     assert done.returncode == 2 and done.stdout == ""
@@ -88,9 +94,9 @@ def test_a_step_that_fails_stops_nothing_and_is_named(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     steps = len(commands("--cpu", "smoke"))
     smoke, demo = (out / "summary.txt").read_text().splitlines()
-    assert smoke.startswith(f"smoke  FAILED {steps - 2} of {steps} steps in ")
+    assert smoke.startswith(f"smoke    FAILED {steps - 2} of {steps} steps in ")
     assert smoke.endswith(" s (rehearsal on a CPU): fsdp-1 (3), fsdp-2 (3)")
-    assert demo.startswith("demo   ok     1 of 1 steps in ") and demo.endswith("(rehearsal on a CPU)")
+    assert demo.startswith("demo     ok     1 of 1 steps in ") and demo.endswith("(rehearsal on a CPU)")
     assert done.stdout.endswith(f"\n\n{smoke}\n{demo}\n")
     log = (out / "smoke.txt").read_text()
     assert log.count("said: ") == steps and "= fsdp-1: exit code 3 after " in log

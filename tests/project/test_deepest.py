@@ -1,0 +1,68 @@
+"""tools/deepest.py: the deepest net that fits, by a line through two counts."""
+
+from pathlib import Path
+
+import pytest
+
+from resist_ds.options.config import Config
+from tools import deepest
+
+
+@pytest.mark.parametrize("memory", [0, 99, 100, 101, 104, 105, 1234, 98765])
+@pytest.mark.parametrize("bend", [0.0, 0.001])
+def test_the_most_blocks_are_those_before_it_does_not_fit(memory: int, bend: float) -> None:
+    asked = []
+
+    def takes(blocks: int) -> float:
+        asked.append(blocks)
+        return 95 + 5 * blocks + bend * blocks**2
+
+    found = deepest.most_blocks(takes, memory)
+    assert found == 0 if takes(1) > memory else takes(found) <= memory < takes(found + 1)
+    assert len(asked) < 40
+
+
+def test_what_cannot_be_run_out_of_is_bounded() -> None:
+    assert deepest.most_blocks(lambda blocks: 1, 1) > deepest.MOST / 4
+
+
+def test_predictions_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A net of three times as many blocks, counted, is where the line through two smaller ones says."""
+    config = Config(model=deepest.MODEL, workers=4, batch_size=2)
+    for arm in (("resist", False), ("fsdp", True)):
+        monkeypatch.setattr(deepest, "COUNTED", (3, 6))
+        line = deepest.predicted(config)(arm, 9)
+        monkeypatch.setattr(deepest, "COUNTED", (9, 6))
+        assert line == pytest.approx(deepest.predicted(config)(arm, 9), rel=1e-3)
+
+
+def test_a_measured_step_takes_more_with_more_blocks() -> None:
+    """On this machine's CPU: the same code as on a GPU, whose peak is read from torch."""
+    takes = deepest.measured(Config(model=deepest.MODEL, workers=4, batch_size=4))
+    takes(("resist", False), 1)  # what the first step of a process takes besides
+    few, many = (takes(("resist", False), blocks) for blocks in (1, 8))
+    assert few < many
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--memory", "much"], "--memory is 'much'"),
+        (["--workers", "0"], "--workers and --batch_size are whole numbers above 0"),
+        (["--depth"], "unrecognized arguments: --depth"),
+    ],
+)
+def test_a_wrong_call_is_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert deepest.main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {line}") and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_a_table_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        deepest, "predicted", lambda config: lambda arm, blocks: blocks * (1 + arm[1]) * 2**20
+    )
+    assert deepest.main(["--memory", "1gib", "--output_dir", str(tmp_path)]) == 0
+    table = (tmp_path / "deepest.md").read_text()
+    assert "| without | 4,097 | 1,025 | 1,025 |" in table and "| with | 2,049 | 513 | 513 |" in table
+    assert (tmp_path / "deepest.png").stat().st_size > 10_000
