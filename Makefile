@@ -16,7 +16,7 @@ help:
 	@echo 'make check      format, lint, types, and the tests with warnings as errors'
 	@echo 'make portable   its numerical part, as if on older processors and with two threads'
 	@echo 'make soak       kill runs fifty times and resume them (half an hour)'
-	@echo 'make bench      what a local step, a synchronisation and a checkpoint cost'
+	@echo 'make bench      what a local step, a synchronisation, a checkpoint and the data cost'
 	@echo 'make install    the set-up alone, which each of these does first if need be'
 	@echo 'make clean      remove caches and runs/demo (make distclean: .venv too)'
 
