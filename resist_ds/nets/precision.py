@@ -17,7 +17,8 @@ def choose_kernels(config: Config) -> None:
     deterministic kernel at all is refused there too, with torch's RuntimeError.
     """
     torch.backends.cudnn.benchmark = not config.deterministic  # by speed: shapes never change
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic or torch.are_deterministic_algorithms_enabled():  # it imports torch's compiler
+        torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS insists
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
