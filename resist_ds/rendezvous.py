@@ -49,7 +49,7 @@ class Identity(NamedTuple):
         if device.type != "cuda":
             return cls(f"{host} {boot}", None)
         card = torch.cuda.get_device_properties(device)
-        uuid = getattr(card, "uuid", None)  # MIG: of the instance, which is a GPU to CUDA and to NCCL
+        uuid = getattr(card, "uuid", None)  # under MIG that of the instance
         if uuid is not None:
             return cls(f"{host} {boot}", str(uuid))
         bus = [getattr(card, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]

@@ -215,7 +215,12 @@ class Trainer:
                     f"rank {rank} sees {words.format(*size)}, rank 0 {words.format(*sizes[0])}: "
                     "--data_dir must hold the same on all machines"
                 )
-        return data.placed(comm.device, config.gpu_cache_mib)
+
+        def placed() -> Data:
+            with one_line_when_out(comm.device, comm.rank):
+                return data.placed(comm.device, config.gpu_cache_mib)
+
+        return comm.agree(placed)
 
     def _batches(self) -> Batches:
         """All batches that this rank's workers will see, in the order in which they are played."""

@@ -34,11 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
     What the tests ask for in bits is promised for CPUs, so they run there on every machine; those of GPUs,
     which `pytest -m gpu` selects, say what holds on these.
     """
-    if config.getoption("markexpr") != "gpu":
+    _CONTEXT.set_forkserver_preload(["tests.warm"])
+    if config.getoption("markexpr") == "gpu":
+        # What has asked CUDA itself cannot be forked, its ranks would be refused; NVML may be asked.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    else:
         os.environ.setdefault(HIDDEN_GPUS, str(torch.cuda.device_count()))
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        # What has looked at a GPU cannot be forked: its ranks would be refused by CUDA.
-        _CONTEXT.set_forkserver_preload(["tests.warm"])
     # A script's background job inherits deaf ears for SIGINT, and so would all that the tests signal.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -125,7 +125,7 @@ def machinery(asked: Asked) -> None:
             else:
                 found = micro.measure(played, part, *times, folder=folder)
             figures[f"{part} W={workers}"] = found
-    _write(folder / "machinery.json", figures)
+            _write(folder / "machinery.json", figures)  # after each part: the next may be ended from outside
 
 
 def _folder(path: Path) -> Path:

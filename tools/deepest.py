@@ -6,10 +6,12 @@
 The nets are the paper's CIFAR ResNets with more and more blocks in section 3 (23 in preact_resnet101). A rank
 has one worker. Predictions are counted on nets of 20 and 40 pool blocks, and lie on the line through these.
 Measured are resist, which needs no other rank for its step, and ddp on one rank, which has fewer buffers than
-on several; the most that torch has reserved on a GPU counts, on a CPU what is resident.
+on several. On a GPU torch may reserve so much and no more, and a step that runs out of it does not fit; on a
+CPU what is resident counts.
 """
 
 import argparse
+import gc
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers=given.workers,
             mixed_precision=given.mixed_precision,
         )
-        takes = measured(config) if given.measure else predicted(config)
+        takes = measured(config, memory) if given.measure else predicted(config)
         found: dict[Arm, int] = {}
         for arm in ARMS:
             if given.measure and arm[0] == "fsdp":
@@ -101,7 +103,9 @@ def most_blocks(takes: Callable[[int], float], memory: float) -> int:
         if high > MOST:
             return low
     while high - low > 1:
-        part = (memory - takes(low)) / (takes(high) - takes(low))  # 0 where the upper end takes all there is
+        part = 0.5  # where the upper end took more than there is
+        if takes(high) < math.inf:
+            part = (memory - takes(low)) / (takes(high) - takes(low))
         guess = min(max(low + int(part * (high - low)), low + 1), high - 1)
         if takes(guess) > memory:
             high = guess
@@ -154,8 +158,12 @@ def predicted(config: Config) -> Callable[[Arm, int], float]:
     return takes
 
 
-def measured(config: Config) -> Callable[[Arm, int], float]:
-    """(arm, pool blocks held) → bytes that this machine's device has needed for two local steps."""
+def measured(config: Config, cap: float) -> Callable[[Arm, int], float]:
+    """(arm, pool blocks held) → bytes that this machine's device has needed for two local steps.
+
+    Args:
+        cap: bytes that torch may reserve on a GPU; what needs more is infinite.
+    """
     import torch
 
     from resist_ds.engines.engine import TorchEngine
@@ -166,12 +174,16 @@ def measured(config: Config) -> Callable[[Arm, int], float]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choose_kernels(config)
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole), device)
     images = torch.zeros(config.batch_size, 3, 32, 32, device=device)
     labels = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
 
     def takes(arm: Arm, slots: int) -> float:
         asked, blueprint = of(config, arm), blueprint_of(slots)
         memory = PeakMemory(device)
+        gc.collect()  # the net before this one, which refers to itself
         if device.type == "cuda":
             torch.cuda.empty_cache()
         before = memory.now() if device.type == "cpu" else 0
@@ -181,7 +193,7 @@ def measured(config: Config) -> Callable[[Arm, int], float]:
             local_steps(TorchEngine(subnet, asked), repeat((images, labels)), rates=[0.0, 0.0])
         except torch.OutOfMemoryError:
             return math.inf
-        return memory.read()[1] - before
+        return memory.read()[0] - before
 
     return takes
 

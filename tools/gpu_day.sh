@@ -3,14 +3,15 @@
 #
 # What is run when a GPU is at hand, most important first, in parts of less than ten minutes each.
 #
-#   tools/gpu_day.sh [-o OUT] [--dry-run] [--cpu] [PART ...]
+#   tools/gpu_day.sh [-o OUT] [--data_dir FOLDER] [--dry-run] [--cpu] [PART ...]
 #
 #   smoke     every strategy, on one rank and on several; more workers than ranks, bf16, channels_last, compiled,
 #             saving, resuming, exporting: tiny runs that end with exit code 0
 #   suite     the tests of GPUs: the protocol against its simulation (over NCCL where there are GPUs enough),
 #             bits under --deterministic, peaks of memory against the forecast
 #   speed     images/s of the sub-ResNet and the full net: eager, compiled, graphed, beside a bare loop and the
-#             card's rate; the CIFAR net, then resnetv2_101 at 224 pixels
+#             card's rate, of preact_resnet101 at 32 pixels
+#   speed224  the same of resnetv2_101 at 224 pixels
 #   memory    peaks of every strategy beside the prediction, and the deepest net in 20 GiB, measured and predicted
 #   demo      tools/demo.py: four sub-ResNets against one net, on handwritten digits
 #   bench     what a synchronisation, a checkpoint and the delivery of batches cost; strategies side by side
@@ -24,8 +25,9 @@
 # Exit code: 0, 1 if a step of any part has failed, 2 for what cannot be done (no GPU, say).
 set -u
 
-readonly PARTS=(smoke suite speed memory demo bench accuracy)
-readonly PART_SECONDS=570 STEP_SECONDS=300
+readonly PARTS=(smoke suite speed speed224 memory demo bench accuracy)
+readonly PART_SECONDS=570
+STEP_SECONDS=300 # unless a step says otherwise
 PYTHON=${PYTHON:-python}
 out=runs/gpu_day dry='' cpu='' data='' parts=()
 
@@ -53,7 +55,7 @@ fi
 cd "$(dirname "$0")/.." || exit 2
 
 if ((${#parts[@]} == 0)); then
-  if [[ $cpu ]]; then parts=(smoke); elif [[ $data ]]; then parts=("${PARTS[@]}"); else parts=("${PARTS[@]::6}"); fi
+  if [[ $cpu ]]; then parts=(smoke); elif [[ $data ]]; then parts=("${PARTS[@]}"); else parts=("${PARTS[@]::7}"); fi
 fi
 if [[ $cpu ]]; then
   export CUDA_VISIBLE_DEVICES=''
@@ -78,6 +80,8 @@ train() { # RANKS OPTION...: train.py on so many ranks, which share the GPUs the
     command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$ranks" train.py "$@")
   fi
 }
+
+fast=(--batch_size 128 --mixed_precision bf16 --channels_last true --workers 4) # as one trains on a GPU
 
 run() { # NAME RANKS OPTION...
   local name=$1 ranks=$2
@@ -119,14 +123,17 @@ smoke() {
 }
 
 suite() {
-  step gpu "$PYTHON" -m pytest -q -m gpu
+  STEP_SECONDS=$PART_SECONDS step gpu "$PYTHON" -m pytest -q -m gpu
 }
 
 speed() {
-  local fast=(--batch_size 128 --mixed_precision bf16 --channels_last true --workers 4)
-  step cifar "$PYTHON" tools/bench.py --what step "${fast[@]}" --steps 20 --repeats 5 --output_dir "$out/speed/cifar"
-  step imagenet "$PYTHON" tools/bench.py --what step "${fast[@]}" --model resnetv2_101 --img_size 224 \
-    --steps 10 --repeats 3 --output_dir "$out/speed/imagenet"
+  STEP_SECONDS=$PART_SECONDS step cifar "$PYTHON" tools/bench.py --what step --model preact_resnet101 "${fast[@]}" \
+    --steps 20 --repeats 5 --output_dir "$out/speed/cifar"
+}
+
+speed224() {
+  STEP_SECONDS=$PART_SECONDS step imagenet "$PYTHON" tools/bench.py --what step --model resnetv2_101 --img_size 224 \
+    "${fast[@]}" --steps 10 --repeats 3 --output_dir "$out/speed224/imagenet"
 }
 
 memory() {
@@ -134,6 +141,8 @@ memory() {
   net=(--dataset synthetic --model preact_resnet101 --batch_size 128 --local_steps 5 --rounds 2 --eval_every 0)
   net+=(--mixed_precision bf16 --channels_last true --calibration_samples 128 --checkpoint_every 0)
   net+=(--log_with none --progress false)
+  step deepest-predicted "$PYTHON" tools/deepest.py --memory 20gib --output_dir "$folder/deepest-predicted"
+  step deepest "$PYTHON" tools/deepest.py --memory 20gib --measure --output_dir "$folder/deepest"
   for checkpointing in false true; do
     for strategy in resist local_sgd ddp fsdp zero3; do
       # One rank: a GPU each is what fsdp and zero3 want. Their tensors take no memory format.
@@ -144,8 +153,6 @@ memory() {
       step "$strategy-$checkpointing" "${command[@]}"
     done
   done
-  step deepest "$PYTHON" tools/deepest.py --memory 20gib --measure --output_dir "$folder/deepest"
-  step deepest-predicted "$PYTHON" tools/deepest.py --memory 20gib --output_dir "$folder/deepest-predicted"
 }
 
 demo() {
@@ -154,7 +161,9 @@ demo() {
 
 bench() {
   step machinery "$PYTHON" tools/bench.py --what local,sync,save --output_dir "$out/bench/machinery"
-  step strategies "$PYTHON" tools/bench.py --strategies resist,local_sgd,ddp --workers 2 --batch_size 32 \
+  local strategies=resist,local_sgd
+  ((gpus >= 2)) && strategies+=,ddp # NCCL wants a GPU for each rank
+  step strategies "$PYTHON" tools/bench.py --strategies "$strategies" --workers 2 --batch_size 32 \
     --output_dir "$out/bench/strategies"
   step data "$PYTHON" tools/bench.py --what data --workers 4 --batch_size 128 --mixed_precision bf16 \
     --channels_last true --output_dir "$out/bench/data"

@@ -41,7 +41,7 @@ class FSDPEngine(TorchStep):
                 kind: torch.zeros_like(parameter) for kind in state.vectors
             }
             if state.counter:
-                kinds[state.counter] = torch.zeros((), device=comm.device)
+                kinds[state.counter] = torch.zeros((), dtype=parameter.dtype, device=comm.device)
 
     def load(self, worker: Worker) -> None:
         """Nothing: the net is where it was."""

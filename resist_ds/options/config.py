@@ -314,6 +314,11 @@ class Config:
             )
         if self.compile_mode != "default" and not self.compile:
             raise UserError(f"--compile_mode {self.compile_mode} is for --compile true: type that too")
+        if self.compile_mode != "default" and self.accumulation_steps > 1:
+            raise UserError(  # what a replayed pass has returned is overwritten by the next one
+                f"--compile_mode {self.compile_mode} cannot add up gradients: type --accumulation_steps 1, "
+                "or --compile_mode default"
+            )
         if depth and self.compile:
             raise UserError("--compile is not for --strategy stochastic_depth, whose net always changes")
         if (self.way.lockstep or depth) and self.optimizer_state == "reset":

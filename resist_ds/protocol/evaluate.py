@@ -8,9 +8,9 @@ that the ranks share, just before that layer first normalises. They go through t
 the next BatchNorm that is not known yet, so that beside their activations only one group's work needs memory.
 
 Nothing here depends on the number of ranks: work is cut into groups and batches of fixed sizes, and
-what the ranks found is added up exactly, or in the order of the groups. The host waits for the device at the
-end alone: statistics stay where they are used, and what was found comes in one copy. (Where ranks share a
-GPU, gloo carries blocks and statistics through host memory, and they wait for each.)
+what the ranks found is added up exactly, or in the order of the groups. Statistics stay where they are used,
+and what was found comes to the host in one copy at the end, so that only exchanges make it wait. (Where ranks
+share a GPU, gloo carries blocks and statistics through host memory.)
 """
 
 import math
@@ -153,7 +153,7 @@ class Evaluation:
         """
         sums = F.pad(torch.stack(list(rows)), (0, 0, 0, self._groups_per_rank - len(rows)))
         every = self.comm.gather_rows(sums, "eval")[: self._groups]  # without the last ranks' padding
-        total = every.sum(0).to(sums.device)
+        total = every.to(sums.device).sum(0)
         mean, square = (total[1:] / total[0]).chunk(2)
         return torch.stack([mean, (square - mean.square()).clamp_(min=0)])
 

@@ -576,6 +576,10 @@ def test_null_on_the_command_line_leaves_a_file_out(tmp_path: Path) -> None:
             "runs --min_blocks random pool blocks a step: type their number",
         ),
         (["--compile_mode", "reduce-overhead"], "--compile_mode reduce-overhead is for --compile true"),
+        (
+            ["--compile", "--compile_mode", "max-autotune", "--accumulation_steps", "2"],
+            "--compile_mode max-autotune cannot add up gradients: type --accumulation_steps 1",
+        ),
         (["--strategy", "zero1", "--optimizer_state", "reset"], "reset is not for --strategy zero1"),
         (["--strategy", "fsdp", "--on_nan", "skip"], "--on_nan skip is not for --strategy fsdp"),
         (["--strategy", "zero3", "--dtype", "float64"], "--strategy zero3 computes in float32"),

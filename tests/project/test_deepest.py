@@ -1,5 +1,6 @@
 """tools/deepest.py: the deepest net that fits, by a line through two counts."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def test_the_most_blocks_are_those_before_it_does_not_fit(memory: int, bend: flo
     assert len(asked) < 40
 
 
+def test_running_out_says_nothing_of_how_much_was_missing() -> None:
+    asked = []
+
+    def takes(blocks: int) -> float:
+        asked.append(blocks)
+        return 5 * blocks if blocks <= 1234 else math.inf
+
+    assert deepest.most_blocks(takes, 1e9) == 1234
+    assert len(asked) < 60
+
+
 def test_what_cannot_be_run_out_of_is_bounded() -> None:
     assert deepest.most_blocks(lambda blocks: 1, 1) > deepest.MOST / 4
 
@@ -39,7 +51,8 @@ def test_predictions_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(comm: Comm, blocks: int) -> float:
-    return deepest.measured(Config(model=deepest.MODEL, workers=4, batch_size=2))(("resist", False), blocks)
+    config = Config(model=deepest.MODEL, workers=4, batch_size=2)
+    return deepest.measured(config, 2**40)(("resist", False), blocks)
 
 
 @pytest.mark.ranks

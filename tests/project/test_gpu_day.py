@@ -16,7 +16,7 @@ from tools import deepest
 from tools.benchmark.asked import read
 
 SCRIPT = ROOT / "tools" / "gpu_day.sh"
-PARTS = ["smoke", "suite", "speed", "memory", "demo", "bench", "accuracy"]
+PARTS = ["smoke", "suite", "speed", "speed224", "memory", "demo", "bench", "accuracy"]
 DATA = ("--data_dir", "images")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

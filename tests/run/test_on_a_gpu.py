@@ -24,6 +24,8 @@ EXACT: dict[str, Any] = {"deterministic": True, "checkpoint_every": 0, "schedule
 def test_in_float64_a_run_is_the_simulation(ranks: Ranks, tmp_path: Path, case: str) -> None:
     """The simulation's numbers are a CPU's."""
     size, options = CASES[case]
+    if "optimizer" in options:  # at the usual ε other kernels' last bits become a part of a step
+        options = {**options, "eps": 1e-3}
     assert_agreement(ranks, size, tmp_path, 1e-10, **options)
 
 
@@ -59,6 +61,7 @@ def test_deterministic_runs_make_the_same_bits(ranks: Ranks, tmp_path: Path, pre
         assert loss_log(tmp_path / other)[-1]["eval/loss"] == loss_log(first)[-1]["eval/loss"], other
 
 
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize(
     "options",
     [
@@ -79,7 +82,7 @@ def test_one_net_trains_alike_whatever_trains_it(
     """In IEEE float32, against float64."""
     for name, given in {"exact": {"dtype": "float64"}, "found": options}.items():
         ddp = RUN | {"strategy": "ddp", "deterministic": True, "output_dir": str(tmp_path / name)}
-        ranks(train, 1, ddp | given)
+        ranks(train, 1, ddp | given, timeout=300)  # torch's compiler takes minutes for the first time
     assert_the_same_training(tmp_path / "found", tmp_path / "exact")
 
 

@@ -19,6 +19,7 @@ import torch
 from resist_ds.comm import Comm
 from resist_ds.data.datasets import Data, load_data
 from resist_ds.data.images import OnDisk
+from resist_ds.nets.precision import choose_kernels
 from resist_ds.options.config import Config
 from tools.benchmark import ranks
 from tools.benchmark.asked import cores
@@ -59,6 +60,7 @@ def ways(comm: Comm, config: Config, repeats: int, steps: int, photos: Path) -> 
     """
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
+    choose_kernels(config)
     first: Times = {}
     sides: dict[str, Callable[[], None]] = {STEP: our_steps(comm, config, steps)}
     for name, data in _delivered(config, comm.device, photos).items():

@@ -17,7 +17,7 @@ from resist_ds.engines.local import local_steps
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.optimizer import optimizer_of
-from resist_ds.nets.precision import autocast
+from resist_ds.nets.precision import autocast, choose_kernels
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition
 from resist_ds.protocol.sync import Synchroniser
@@ -43,7 +43,7 @@ def bare(comm: Comm, config: Config, slots: int, sent: float, once_a_round: bool
         one that moves as many bytes; "messages": the plan's.
     """
     torch.set_num_threads(config.cpu_threads)
-    torch.backends.cudnn.benchmark = True  # as in a run
+    choose_kernels(config)
     pool = Blueprint(config.model, CLASSES).pool
     loops = [bare_loop(comm.device, config, number) for number in sorted({slots, pool})]
     each = _timed(comm, loops, min(STEPS, config.local_steps), warm_up=3)

@@ -26,6 +26,7 @@ from resist_ds.comm import Comm
 from resist_ds.engines.local import local_steps
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import choose_kernels
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition
 from resist_ds.trainer import Trainer
@@ -97,6 +98,7 @@ def local(comm: Comm, config: Config, repeats: int, steps: int) -> dict[str, Any
     """Our local steps, and a bare loop over a plain net that holds as many pool blocks."""
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
+    choose_kernels(config)
     assert config.workers is not None
     pool = Blueprint(config.model, CLASSES).pool
     bare_step = bare_loop(
