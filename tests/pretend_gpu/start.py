@@ -48,6 +48,7 @@ class Ranks:
         self._folder, self._jobs = folder, jobs
         (folder / "jobs").write_bytes(pickle.dumps(list(jobs)))
         environment = {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": str(THREADS)}
+        environment["DS_ACCELERATOR"] = "cuda"  # whatever other tests have had DeepSpeed find
         command = [sys.executable, "-m", "tests.pretend_gpu", str(folder)]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | environment, start_new_session=True
