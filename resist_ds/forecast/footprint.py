@@ -131,14 +131,14 @@ class Footprints:
 
     def __init__(self, blueprint: Blueprint, config: Config, least: int, img_size: int, device: Device):
         self._range = least, blueprint.pool
-        self.counted = [
+        self._counted = [
             count(blueprint, config, slots, img_size, device) for slots in dict.fromkeys(self._range)
         ]
 
     def usage(self, slots: int, batch: int) -> Usage:
         """Of a step with `slots` pool blocks on `batch` images."""
         least, most = self._range
-        first, last = self.counted[0].usage(batch), self.counted[-1].usage(batch)
+        first, last = self._counted[0].usage(batch), self._counted[-1].usage(batch)
         return first.towards(last, (slots - least) / (most - least)) if most > least else first
 
 
