@@ -89,6 +89,7 @@ CIFAR_NETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "preact_resnet152": ((3, 4, 36, 3), (64, 128, 256, 512)),
     "preact_resnet200": ((3, 4, 50, 3), (64, 128, 256, 512)),
     "preact_resnet_small": ((1, 1, 9, 1), (8, 16, 32, 64)),
+    "preact_resnet101_narrow": ((3, 4, 23, 3), (8, 16, 32, 64)),
 }
 
 
