@@ -96,6 +96,17 @@ class Config:
         free=True,
     )
     local_steps: int = option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
+    overlap_steps: int = option(
+        0,
+        "Local steps at the end of a round behind which its synchronisation runs: blocks are final by then, "
+        "shared goes on being trained. 0: the paper's protocol.",
+        null="0",
+    )
+    wire: Literal["exact", "compact"] = option(
+        "exact",
+        "How a piece travels: its own bits; or compact, about a quarter of them: int8 differences and momentum, "
+        "bf16 blocks.",
+    )
     min_blocks: int = option(0, "Every sub-ResNet holds at least so many pool blocks.", null="0")
     warmup_rounds: int = option(
         0,
@@ -293,6 +304,7 @@ class Config:
         if self.rounds is not None and self.warmup_rounds > self.rounds:
             raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
         self._check_strategy()
+        self._check_exchange()
         if not self.resume:
             raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
         if self.from_pretrained == "":
@@ -348,6 +360,27 @@ class Config:
             raise UserError(f"--strategy {strategy} computes in float32: type --dtype float32")
         if self.deepspeed_config is None and self.schedule == "deepspeed":
             raise UserError("--schedule deepspeed needs a --deepspeed_config with a scheduler in it")
+
+    def _check_exchange(self) -> None:
+        """What is typed of wire and overlap, against the rest."""
+        if not self.way.averages and (self.wire != "exact" or self.overlap_steps):
+            name = "overlap_steps" if self.overlap_steps else "wire"
+            raise UserError(
+                f"--{name} is for --strategy resist and local_sgd, not for {self.strategy}, which exchanges "
+                "nothing at the end of a round"
+            )
+        if self.wire == "compact" and self.dtype == "float64":
+            raise UserError("--wire compact writes float32 shorter: type --dtype float32, or --wire exact")
+        if self.overlap_steps >= self.local_steps:
+            raise UserError(
+                f"--overlap_steps is {self.overlap_steps}: type less than --local_steps {self.local_steps}, "
+                "or more of those"
+            )
+        if self.overlap_steps and self.deepspeed_config is not None:
+            raise UserError(
+                "--overlap_steps is not for --deepspeed_config, whose engines cannot leave blocks as they are: "
+                "type --overlap_steps 0"
+            )
 
     @property
     def way(self) -> Strategy:

@@ -28,6 +28,11 @@ class Strategy:
         """Whether a worker holds K of the P pool blocks at a time."""
         return self is STRATEGIES["resist"]
 
+    @property
+    def averages(self) -> bool:
+        """Whether what workers have trained alone is averaged after a round."""
+        return self.partitions or self is STRATEGIES["local_sgd"]
+
     def least_blocks(self, pool: int, min_blocks: int) -> int:
         """Lower bound of the pool blocks that a worker's vector holds."""
         if self.partitions:
