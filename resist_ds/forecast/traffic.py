@@ -7,7 +7,8 @@ from statistics import fmean
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, elements_sent, sample_partition
+from resist_ds.protocol.partition import Layout, plan_aggregate, plan_hand_off, sample_partition
+from resist_ds.protocol.pieces import bytes_sent, groups_of
 
 DEALS = 21  # whose hand-offs the bytes of a round are the mean of: rounds differ by what happens to stay
 
@@ -20,16 +21,15 @@ def sent_per_round(
     Args:
         where: the workers are played; default: each on a rank of its own.
     """
-    layout = StateLayout.of(blueprint, config, slots=1)
-    travel = config.optimizer_state == "travel"
+    groups = groups_of(StateLayout.of(blueprint, config, slots=1), config, blueprint.pool, workers)
     deals = [
         sample_partition(config.seed, r, workers=workers, pool=blueprint.pool, min_blocks=min_blocks)
         for r in range(DEALS)
     ]
-    block, shared = layout.block.exchanged(travel), layout.shared.exchanged(travel)
     where = where or Layout(workers, workers)
-    return itemsize(config) * fmean(
-        elements_sent(now, then, where, block=block, shared=shared) for now, then in pairwise(deals)
+    return fmean(
+        bytes_sent(groups, (plan_aggregate(now), plan_hand_off(now, then, where)), where, itemsize(config))
+        for now, then in pairwise(deals)
     )
 
 

@@ -1,10 +1,10 @@
 """The sub-ResNet: one worker's net and training state, as flat vectors of which its tensors are views.
 
 A worker's whole state is one vector, `[shared | slot 0 | … | slot K−1]`. Each of these parts is laid
-out as `[parameters | optimizer state … | step counters]`, so a piece travels as one contiguous range
-and a re-partition copies numbers into the same K slots: the optimizer is never rebuilt, and a compiled
-graph stays valid. Gradients are ordinary tensors that autograd makes and frees: they never travel, and
-a plain loop does the same, at the same speed.
+out as `[parameters | optimizer state … | step counters]`, the first ones with matrices before one-dimensional
+tensors. So a piece travels as one contiguous range, and a re-partition copies numbers into the same K slots:
+the optimizer is never rebuilt, and a compiled graph stays valid. Gradients are ordinary tensors that autograd
+makes and frees: they never travel, and a plain loop does the same, at the same speed.
 """
 
 import math
@@ -29,6 +29,11 @@ ALIGNMENT = 32  # elements; every tensor starts on a 128-byte boundary (of float
 
 def _padded(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a norm's or a bias: few numbers, of which each counts."""
+    return len(shape) < 2
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,15 @@ class PartLayout:
     @cached_property
     def offsets(self) -> dict[str, int]:
         offsets, end = {}, 0
-        for name, shape in self.shapes:
+        for name, shape in sorted(self.shapes, key=lambda item: _is_vector(item[1])):
             offsets[name] = end
             end += _padded(math.prod(shape))
         return offsets
+
+    @cached_property
+    def matrices(self) -> int:
+        """Elements that parameters of two or more dimensions take; the others come behind them."""
+        return sum(_padded(math.prod(shape)) for _, shape in self.shapes if not _is_vector(shape))
 
     @cached_property
     def parameters(self) -> int:

@@ -104,8 +104,8 @@ class Config:
     )
     wire: Literal["exact", "compact"] = option(
         "exact",
-        "How a piece travels: its own bits; or compact, about a quarter of them: int8 differences and momentum, "
-        "bf16 blocks.",
+        "How a piece travels: its own bits; or compact, about a quarter of them: int8 differences and "
+        "momentum, bf16 blocks.",
     )
     min_blocks: int = option(0, "Every sub-ResNet holds at least so many pool blocks.", null="0")
     warmup_rounds: int = option(
@@ -378,8 +378,8 @@ class Config:
             )
         if self.overlap_steps and self.deepspeed_config is not None:
             raise UserError(
-                "--overlap_steps is not for --deepspeed_config, whose engines cannot leave blocks as they are: "
-                "type --overlap_steps 0"
+                "--overlap_steps is not for --deepspeed_config, whose engines train all that they hold: type "
+                "--overlap_steps 0"
             )
 
     @property

@@ -67,6 +67,8 @@ class GlobalModel:
             blueprint.pool,
             budget=config.transit_mib << 20,
             travel=config.optimizer_state == "travel",
+            compact=config.wire == "compact",
+            vectors=self.workers.vectors,
         )
 
     def partition(self, round: int) -> Partition:

@@ -44,10 +44,12 @@ class Partition:
     Attributes:
         blocks: per worker, the K pool blocks in its slots, ascending (order matters in a ResNet).
         owners: per pool block, the one of its holders that averages it.
+        draw: a number that differs from round to round and from seed to seed, for other random choices.
     """
 
     blocks: tuple[tuple[int, ...], ...]
     owners: tuple[int, ...]
+    draw: int = 0
 
     @property
     def workers(self) -> int:
@@ -86,7 +88,7 @@ def slots_for(workers: int, pool: int, min_blocks: int = 0) -> int:
     return max(min_blocks, -(-pool // workers))
 
 
-def _key(*parts: object) -> int:
+def key(*parts: object) -> int:
     """A 64-bit number from a keyed hash: the same on every machine and in every version of Python."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
@@ -105,8 +107,8 @@ def sample_partition(seed: int, round: int, *, workers: int, pool: int, min_bloc
     """
     assert workers >= 1 and 0 <= min_blocks <= pool, (workers, min_blocks, pool)
     slots = slots_for(workers, pool, min_blocks)
-    order = sorted(range(pool), key=lambda b: _key(seed, round, "block", b))
-    places = sorted(range(workers), key=lambda w: _key(seed, round, "worker", w))
+    order = sorted(range(pool), key=lambda b: key(seed, round, "block", b))
+    places = sorted(range(workers), key=lambda w: key(seed, round, "worker", w))
     dealt: list[tuple[int, ...]] = [()] * workers
     owners = [-1] * pool
     for i, worker in enumerate(places):
@@ -114,7 +116,7 @@ def sample_partition(seed: int, round: int, *, workers: int, pool: int, min_bloc
         dealt[worker] = tuple(sorted(order[(start + k) % pool] for k in range(slots)))
         for block in order[start:stop]:
             owners[block] = worker
-    return Partition(tuple(dealt), tuple(owners))
+    return Partition(tuple(dealt), tuple(owners), key(seed, round))
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,14 @@ def plan_hand_off(now: Partition, then: Partition, layout: Layout) -> Exchange:
     return Exchange(tuple(blocks), tuple(shared))
 
 
-def chunk_bounds(numel: int, chunks: int) -> tuple[tuple[int, int], ...]:
-    """Cut `numel` elements into equal flat chunks, (start, stop) each; the last may be shorter or empty."""
+def chunk_bounds(numel: int, chunks: int, multiple: int = 1) -> tuple[tuple[int, int], ...]:
+    """Cut `numel` elements into equal flat chunks, (start, stop) each; the last may be shorter or empty.
+
+    Args:
+        multiple: of elements, where chunks begin.
+    """
     size = -(-numel // chunks)
+    size = -(-size // multiple) * multiple
     return tuple((min(c * size, numel), min((c + 1) * size, numel)) for c in range(chunks))
 
 
@@ -218,16 +225,20 @@ def spread(sizes: Mapping[str, int], loads: Sequence[int]) -> dict[str, int]:
     return given
 
 
-def slice_length(moves: tuple[Move, ...], layout: Layout, numel: int, budget: int) -> int:
+def slice_length(moves: tuple[Move, ...], layout: Layout, numel: int, budget: int, multiple: int = 1) -> int:
     """How many elements of every piece one pass of an exchange may carry within `budget` elements.
 
     A pass holds, on each rank, all it sends and all it receives of that slice; the busiest rank decides.
+
+    Args:
+        multiple: of elements, unless the pieces are shorter.
     """
     load = [0] * layout.ranks
     for move in moves:
         load[layout.rank_of(move.source)] += 1
         load[layout.rank_of(move.targets[0])] += 1
-    return max(1, min(numel, budget // max(1, *load)))
+    length = budget // max(1, *load)
+    return max(1, min(numel, max(multiple, length - length % multiple)))
 
 
 def elements_sent(now: Partition, then: Partition, layout: Layout, *, block: int, shared: int) -> int:

@@ -5,6 +5,9 @@ go through the pieces in slices, so that what is in transit stays within a fixed
 model, and both read a slice of every vector before they write it: a slot is overwritten only after
 its block has left. Pieces that stay on their rank take the same way, without the network.
 
+Groups of pieces that have a code (`coded`) travel as bytes, between workers of one rank too, so that the bits
+do not depend on R.
+
 On a GPU means are taken there, wherever the values lie: idle workers' vectors are in pinned host memory,
 and so is what gloo carries. What crosses between host and device is queued on the device's current stream,
 whose order is all that later work on the device needs, NCCL's too. The host waits (`_settle`) before it
@@ -12,44 +15,28 @@ touches such memory itself: before gloo sends and receives, and at the end of bo
 after them, a copy between two idle workers or a checkpoint, finds every vector complete.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.nets.subnet import StateLayout
+from resist_ds.protocol.coded import Coder, Differences
 from resist_ds.protocol.partition import (
     Layout,
     Move,
     Partition,
-    chunk_bounds,
     counted,
     plan_aggregate,
     plan_hand_off,
     slice_length,
 )
+from resist_ds.protocol.pieces import Pieces, compact_groups, exact_groups
+from resist_ds.protocol.wire import BLOCK
 
+BERTH = 16  # bytes: a multiple of it is where a parcel may begin in the buffer
 MEAN_CHUNK = 1 << 18  # elements averaged at a time on a CPU: their fp64 sum stays in a core's cache
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """One group of pieces, the pool blocks or the chunks of shared, and where they lie in a vector.
-
-    Attributes:
-        lengths: elements of each piece that take part (without momentum under `reset`).
-        start: (piece, worker, partition) → where the piece begins in that worker's vector.
-    """
-
-    lengths: tuple[int, ...]
-    start: Callable[[int, int, Partition], int]
-
-    def slice(self, vector: Tensor, piece: int, worker: int, deal: Partition, lo: int, hi: int) -> Tensor:
-        """View of elements [lo, hi) of a piece; shorter where the piece ends."""
-        length = max(0, min(hi, self.lengths[piece]) - lo)
-        return vector.narrow(0, self.start(piece, worker, deal) + lo, length) if length else vector[:0]
 
 
 class Synchroniser:
@@ -60,10 +47,24 @@ class Synchroniser:
         budget: bytes that may be in transit on a rank; at least one block is always allowed, and never more
             used than a sub-ResNet's gradients took: so no peak rises above that of training.
         travel: whether optimizer state goes with its piece and is averaged like it.
+        compact: the wire.
+        vectors: of this rank's workers as they begin, on the compact wire.
+
+    Attributes:
+        differences: what the compact wire keeps of shared; None on the exact one, and for a single worker.
     """
 
     def __init__(
-        self, comm: Comm, layout: Layout, state: StateLayout, pool: int, *, budget: int, travel: bool
+        self,
+        comm: Comm,
+        layout: Layout,
+        state: StateLayout,
+        pool: int,
+        *,
+        budget: int,
+        travel: bool,
+        compact: bool = False,
+        vectors: Mapping[int, Tensor] | None = None,
     ):
         self.comm = comm
         self.layout = layout
@@ -76,15 +77,16 @@ class Synchroniser:
         self._transit = torch.empty(0)
         self._block_length = state.block.exchanged(travel)
         self._gradients = state.shared.parameters + state.slots * state.block.parameters
-        chunks = chunk_bounds(state.shared.exchanged(travel), layout.workers)
-        self._blocks = Pieces(
-            lengths=(self._block_length,) * pool,
-            start=lambda piece, worker, deal: state.slot_offset(deal.blocks[worker].index(piece)),
-        )
-        self._shared = Pieces(
-            lengths=tuple(stop - start for start, stop in chunks),
-            start=lambda piece, worker, deal: chunks[piece][0],
-        )
+        groups = exact_groups
+        if compact and layout.workers > 1:  # one worker has nobody to write to
+            groups = compact_groups
+        self._groups = groups(state, pool, layout.workers, travel)
+        self._coders = {g: Coder(g, self._mine, comm.device) for g in self._groups if g.code is not None}
+        self.differences: Differences | None = None
+        for group in (g for g in self._groups if g.differences):
+            assert vectors is not None
+            self.differences = Differences(group, self._mine, comm.device, vectors)
+            self._coders[group] = self.differences
 
     def aggregate(
         self, vectors: Mapping[int, Tensor], now: Partition, dropped: frozenset[int] = frozenset()
@@ -100,37 +102,50 @@ class Synchroniser:
         """
         plan = plan_aggregate(now, dropped)
         everyone = tuple(range(now.workers))
-        for pieces, moves, owners, held in (
-            (self._blocks, plan.blocks, now.owners, now.holders),
-            (self._shared, plan.shared, everyone, (everyone,) * now.workers),
-        ):
+        for group in self._groups:
+            blocks, coder = group.of == "blocks", self._coders.get(group)
+            owners = now.owners if blocks else everyone
+            held = now.holders if blocks else (everyone,) * now.workers
             holders = [counted(workers, owner, dropped) for workers, owner in zip(held, owners, strict=True)]
-            leaving = [m for m in moves if self._rank(m.source) != self._rank(m.targets[0])]
-            owned = [p for p, owner in enumerate(owners) if owner in self._mine and holders[p] != (owner,)]
-            for lo, hi in self._slices(pieces, leaving, vectors):
-                arrived = self._exchange(pieces, leaving, vectors, now, lo, hi, "aggregate")
-                for piece in (p for p in owned if lo < pieces.lengths[p]):
-                    values = [
-                        pieces.slice(vectors[w], piece, w, now, lo, hi)
-                        if w in self._mine
-                        else arrived[piece, w]
-                        for w in holders[piece]
-                    ]
-                    out = pieces.slice(vectors[owners[piece]], piece, owners[piece], now, lo, hi)
-                    _mean(values, out, self.comm.device, self._chunk)
+            moves = group.moves(plan)
+            if coder is None:
+                moves = tuple(m for m in moves if self._rank(m.source) != self._rank(m.targets[0]))
+            owned = [p for p, owner in enumerate(owners) if owner in self._mine]
+            for lo, hi in self._slices(group, moves, vectors):
+                arrived = self._exchange(group, moves, vectors, now, lo, hi, "aggregate")
+                for piece in (p for p in owned if lo < group.lengths[p]):
+                    owner, of = owners[piece], holders[piece]
+                    if coder is not None:
+                        if group.differences and owner in dropped and of == (owner,):
+                            continue  # nobody is counted: nothing has changed
+                        coder.average(vectors, now, piece, owner, of, arrived, lo, hi)
+                    elif of != (owner,):
+                        values = [
+                            group.slice(vectors[w], piece, w, now, lo, hi)
+                            if w in self._mine
+                            else arrived[piece, w]
+                            for w in of
+                        ]
+                        out = group.slice(vectors[owner], piece, owner, now, lo, hi)
+                        _mean(values, out, self.comm.device, self._chunk)
         self._settle(vectors)
 
     def hand_off(self, vectors: Mapping[int, Tensor], now: Partition, then: Partition) -> None:
         """Bring every piece from its owner to its next holders' slots. Collective: all ranks."""
         plan = plan_hand_off(now, then, self.layout)
-        # Where a chunk of shared goes, nothing is left that must leave: it arrives in its place. Where a
-        # block goes, another may still lie: it waits in the buffer until this slice of all has left.
-        for pieces, moves, places in ((self._blocks, plan.blocks, None), (self._shared, plan.shared, then)):
-            for lo, hi in self._slices(pieces, moves, vectors):
-                arrived = self._exchange(pieces, moves, vectors, now, lo, hi, "hand_off", places)
+        for group in self._groups:
+            moves, coder = group.moves(plan), self._coders.get(group)
+            # Where a chunk of shared goes, nothing is left that must leave: it arrives in its place. Where a
+            # block goes, another may still lie: it waits in the buffer until this slice of all has left.
+            places = then if group.of == "shared" else None
+            for lo, hi in self._slices(group, moves, vectors):
+                arrived = self._exchange(group, moves, vectors, now, lo, hi, "hand_off", places)
+                if coder is not None:
+                    coder.place(vectors, then, moves, arrived, lo, hi)
+                    continue
                 for move in (m for m in moves if (m.piece, m.source) in arrived):
                     for worker in (w for w in move.targets if w in self._mine):
-                        place = pieces.slice(vectors[worker], move.piece, worker, then, lo, hi)
+                        place = group.slice(vectors[worker], move.piece, worker, then, lo, hi)
                         if place.data_ptr() != arrived[move.piece, move.source].data_ptr():
                             place.copy_(arrived[move.piece, move.source], non_blocking=True)
         self._settle(vectors)
@@ -145,20 +160,26 @@ class Synchroniser:
         return self.layout.rank_of(worker)
 
     def _slices(
-        self, pieces: Pieces, moves: Sequence[Move], vectors: Mapping[int, Tensor]
+        self, group: Pieces, moves: Sequence[Move], vectors: Mapping[int, Tensor]
     ) -> Iterator[tuple[int, int]]:
         """[lo, hi) of each pass, within the budget; one pass with nothing to carry where nothing moves."""
         like = next(iter(vectors.values()))
         budget = max(min(self.budget // like.element_size(), self._gradients), self._block_length)
+        longest, multiple = max(group.lengths), 1
+        if group.code is not None:
+            multiple = BLOCK
+            parcel = group.code.nbytes(BLOCK) + BERTH
+            budget = max(budget, -(-BLOCK * len(moves) * parcel // like.element_size() // BLOCK))
         if self._transit.numel() < budget:  # kept from then on, so that its pages are touched once
             self._transit = self.comm.buffer(budget, like)
-        longest = max(pieces.lengths)
-        step = slice_length(tuple(moves), self.layout, longest, budget)
+        if group.code is not None:
+            budget = budget * like.element_size() // parcel * BLOCK
+        step = slice_length(tuple(moves), self.layout, longest, budget, multiple)
         return ((lo, min(lo + step, longest)) for lo in range(0, longest, step))
 
     def _exchange(
         self,
-        pieces: Pieces,
+        group: Pieces,
         moves: Sequence[Move],
         vectors: Mapping[int, Tensor],
         now: Partition,
@@ -169,44 +190,65 @@ class Synchroniser:
     ) -> dict[tuple[int, int], Tensor]:
         """Carry [lo, hi) of every moving piece to its targets' rank. Collective: all ranks.
 
-        What leaves is sent straight from its vector, where the back end can read that.
+        What leaves is sent straight from its vector, where the back end can read that; or as it was written.
 
         Args:
             places: the partition in which pieces may arrive in their place at once, or None.
 
         Returns:
-            {(piece, source worker): what is now here}, in its place, or in a buffer for the next pass.
+            {(piece, source worker): what is now here}, in its place, or in a buffer for the next pass; of a
+            group with a code what was written, by this rank's workers too.
         """
         rank, used = self.comm.rank, 0
+        coder = self._coders.get(group)
+        transit = self._transit if coder is None else self._transit.view(torch.uint8)
         sends: list[tuple[Tensor, int]] = []
         receives: list[tuple[Tensor, int]] = []
         arrived: dict[tuple[int, int], Tensor] = {}
 
         def room(length: int) -> Tensor:
             nonlocal used
-            used += length
-            return self._transit[used - length : used]
+            start = used
+            used += length if coder is None else -(-length // BERTH) * BERTH
+            return transit[start : start + length]
+
+        def leaving(move: Move) -> Tensor:
+            """What goes on its way from a worker of this rank."""
+            if coder is not None:
+                if (move.piece, move.source) in arrived:
+                    return arrived[move.piece, move.source]
+                written = room(coder.code.nbytes(length))
+                coder.write(vectors, now, move.piece, move.source, lo, hi, kind, written)
+                arrived[move.piece, move.source] = written
+                return written
+            part = group.slice(vectors[move.source], move.piece, move.source, now, lo, hi)
+            readable = part.device == transit.device if target != rank else places is not None
+            return part if readable else room(length).copy_(part, non_blocking=True)
+
+        def berth(move: Move) -> Tensor:
+            """Where what another rank sends arrives."""
+            if coder is not None:
+                return room(coder.code.nbytes(length))
+            worker = move.targets[0]
+            if places is not None:
+                part = group.slice(vectors[worker], move.piece, worker, places, lo, hi)
+                if part.device == transit.device:
+                    return part
+            return room(length)
 
         for move in moves:
             source, target = self._rank(move.source), self._rank(move.targets[0])
-            length = min(hi, pieces.lengths[move.piece]) - lo
+            length = group.length(move.piece, lo, hi)
             if length <= 0 or rank not in (source, target):
                 continue
             if source == rank:
-                part = pieces.slice(vectors[move.source], move.piece, move.source, now, lo, hi)
-                readable = part.device == self._transit.device if target != rank else places is not None
-                part = part if readable else room(length).copy_(part, non_blocking=True)
+                part = leaving(move)
                 if target == rank:
                     arrived[move.piece, move.source] = part
                 else:
                     sends.append((part, target))
             else:
-                worker = move.targets[0]
-                part = vectors[worker][:0]
-                if places is not None:
-                    part = pieces.slice(vectors[worker], move.piece, worker, places, lo, hi)
-                if part.device != self._transit.device or places is None:
-                    part = room(length)
+                part = berth(move)
                 receives.append((part, source))
                 arrived[move.piece, move.source] = part
         if self.comm.buffer_device.type == "cpu":  # gloo reads what was copied, and writes where it was read

@@ -1,0 +1,229 @@
+"""Groups of pieces that travel in a code: what is written, averaged and read of them. No communication.
+
+A holder writes, the owner reads what the others have written and takes the mean, and rounds it in place: it
+keeps what the others will read. Of shared's parameters travel the differences from a reference that all
+workers agree on, and what rounding takes from them is kept, and added the next time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from resist_ds.protocol.partition import Move, Partition
+from resist_ds.protocol.pieces import Pieces
+from resist_ds.protocol.wire import Code, Noise
+
+Parcels = Mapping[tuple[int, int], Tensor]
+"""{(piece, worker that has written it): uint8}."""
+
+CHUNK = 1 << 17  # values written or read at a time: a multiple of a code's blocks
+
+
+class Coder:
+    """Writes, averages and reads the pieces of a group.
+
+    Args:
+        group: that has a code.
+        mine: workers that this rank plays.
+        device: that computes; vectors and parcels lie there or in host memory, pinned where that is a GPU.
+    """
+
+    def __init__(self, group: Pieces, mine: Sequence[int], device: torch.device):
+        assert group.code is not None
+        self.group = group
+        self.code: Code = group.code
+        self._mine = mine
+        self._device = device
+
+    def write(
+        self,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        piece: int,
+        worker: int,
+        lo: int,
+        hi: int,
+        stage: str,
+        room: Tensor,
+    ) -> None:
+        """Write [lo, hi) of what a worker has of a piece into `room`.
+
+        Args:
+            stage: "aggregate", or "hand_off": then it has been rounded in place, and is written as it is.
+        """
+        values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
+        noise = Noise(deal.draw, stage, piece, worker) if stage == "aggregate" else None
+        for at, part in self._parts(values):
+            self._put(room, at, self._encode(part, noise, lo + at))
+
+    def average(
+        self,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        piece: int,
+        owner: int,
+        holders: Sequence[int],
+        parcels: Parcels,
+        lo: int,
+        hi: int,
+    ) -> None:
+        """Leave the mean over `holders`, in their order, with the owner, rounded.
+
+        The owner's own values are as they are. In float32: what can be written has so few bits that the mean
+        of n equal values keeps them all.
+        """
+        out = self.group.slice(vectors[owner], piece, owner, deal, lo, hi)
+        noise = Noise(deal.draw, "hand_off", piece, owner)
+        for at, own in self._parts(out):
+            mean = self._mean(own, piece, owner, holders, parcels, at)
+            written = self._encode(mean, noise, lo + at)
+            out[at : at + len(own)].copy_(self.code.decode(written, len(own)), non_blocking=True)
+
+    def place(
+        self,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        moves: Sequence[Move],
+        parcels: Parcels,
+        lo: int,
+        hi: int,
+    ) -> None:
+        """Read what this rank's workers hold in the next round, whose deal it is."""
+        for move in (m for m in moves if (m.piece, m.source) in parcels):
+            for worker in (w for w in move.targets if w in self._mine):
+                place = self.group.slice(vectors[worker], move.piece, worker, deal, lo, hi)
+                parcel = parcels[move.piece, move.source]
+                for at in range(0, len(place), CHUNK):
+                    part = place[at : at + CHUNK]
+                    part.copy_(self._read(parcel, at, len(part)), non_blocking=True)
+
+    def _mean(
+        self, own: Tensor, piece: int, owner: int, holders: Sequence[int], parcels: Parcels, at: int
+    ) -> Tensor:
+        total: Tensor | None = None
+        for worker in holders:
+            part = own if worker == owner else self._read(parcels[piece, worker], at, len(own))
+            total = part if total is None else total + part
+        assert total is not None
+        # By a tensor: by a number a GPU multiplies by its reciprocal, which may miss the last bit.
+        return total / total.new_full((), len(holders))
+
+    def _encode(self, values: Tensor, noise: Noise | None, start: int) -> Tensor:
+        """Written values; `start`: of the first in its piece."""
+        random = noise is not None and self.code.random
+        bits = noise.bits(start, len(values), self._device) if noise and random else None
+        return self.code.encode(values, bits)
+
+    def _put(self, room: Tensor, at: int, written: Tensor) -> None:
+        place = self.code.nbytes(at)
+        room[place : place + len(written)].copy_(written, non_blocking=True)
+
+    def _read(self, parcel: Tensor, at: int, numel: int) -> Tensor:
+        """Values [at, at + numel) of a parcel, on the device."""
+        written = parcel[self.code.nbytes(at) : self.code.nbytes(at + numel)]
+        return self.code.decode(self._here(written), numel)
+
+    def _parts(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(where it begins, a part on the device) of some values."""
+        for at in range(0, len(values), CHUNK):
+            yield at, self._here(values[at : at + CHUNK])
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+
+class Differences(Coder):
+    """Of a group of shared: differences from what all workers agreed on travel, and errors are kept.
+
+    Attributes:
+        reference: {worker: [n]} what all agreed on; equal on all workers.
+        error: {worker: [n]} what rounding has taken so far: in a worker's own chunk from what it handed off
+            as the owner, elsewhere from what it sent to the owner.
+    """
+
+    def __init__(
+        self, group: Pieces, mine: Sequence[int], device: torch.device, vectors: Mapping[int, Tensor]
+    ):
+        super().__init__(group, mine, device)
+        pinned = device.type == "cuda"
+        self._range = group.start(0, 0, _NOBODY), sum(group.lengths)
+        self.reference, self.error = {}, {}
+        for worker in mine:
+            values = vectors[worker].narrow(0, *self._range)
+            self.reference[worker] = torch.empty(len(values), pin_memory=pinned).copy_(values)
+            self.error[worker] = torch.zeros(len(values), pin_memory=pinned)
+
+    def write(
+        self,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        piece: int,
+        worker: int,
+        lo: int,
+        hi: int,
+        stage: str,
+        room: Tensor,
+    ) -> None:
+        """Write a worker's difference in a chunk, or, in a hand-off, the owner's mean difference."""
+        values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
+        reference, error = self._kept(worker, piece, lo, len(values))
+        for at, change in self._parts(error):
+            if stage == "aggregate":
+                span = slice(at, at + len(change))
+                change = self._here(values[span]) - self._here(reference[span]) + change
+            written = self.code.encode(change)
+            self._put(room, at, written)
+            rest = change - self.code.decode(written, len(change))
+            error[at : at + len(change)].copy_(rest, non_blocking=True)
+
+    def average(
+        self,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        piece: int,
+        owner: int,
+        holders: Sequence[int],
+        parcels: Parcels,
+        lo: int,
+        hi: int,
+    ) -> None:
+        """Add the mean difference to what the owner has kept: that is what it hands off."""
+        values = self.group.slice(vectors[owner], piece, owner, deal, lo, hi)
+        reference, error = self._kept(owner, piece, lo, len(values))
+        for at, kept in self._parts(error):
+            span = slice(at, at + len(kept))
+            own = self._here(values[span]) - self._here(reference[span])
+            mean = self._mean(own, piece, owner, holders, parcels, at)
+            error[span].copy_(kept + mean, non_blocking=True)
+
+    def place(
+        self,
+        vectors: Mapping[int, Tensor],
+        deal: Partition,
+        moves: Sequence[Move],
+        parcels: Parcels,
+        lo: int,
+        hi: int,
+    ) -> None:
+        """Bring the reference of each of this rank's workers up to date, and make it what they hold."""
+        for (piece, _), parcel in parcels.items():
+            for at in range(0, self.group.length(piece, lo, hi), CHUNK):
+                change = self._read(parcel, at, min(CHUNK, self.group.length(piece, lo, hi) - at))
+                for worker in self._mine:
+                    reference, _ = self._kept(worker, piece, lo + at, len(change))
+                    new = self._here(reference) + change
+                    reference.copy_(new, non_blocking=True)
+                    place = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
+                    place[at : at + len(change)].copy_(new, non_blocking=True)
+
+    def _kept(self, worker: int, piece: int, lo: int, length: int) -> tuple[Tensor, Tensor]:
+        """Views of a worker's reference and error."""
+        start = self.group.start(piece, worker, _NOBODY) - self._range[0] + lo
+        return (
+            self.reference[worker].narrow(0, start, length),
+            self.error[worker].narrow(0, start, length),
+        )
+
+
+_NOBODY = Partition((), ())  # where a chunk of shared lies depends on no deal
