@@ -163,7 +163,8 @@ class Trainer:
                     reports = self._train(partial(self._local_steps, round, batches, signals))
                 dropped = self._dropped(round, reports, telemetry)
                 with self.meter.phase("sync"):
-                    net.synchronise(round, dropped)
+                    net.synchronise(round, dropped, behind=self._steps_behind(round))
+                self.meter.exposed(net.overlap.waited, net.overlap.seconds)
                 axes = self._axes(round)
                 lacking = self._lacking([r.trouble for r in reports], telemetry)
                 telemetry.round(axes, self.comm.gather(self.meter.take()), len(dropped))
@@ -258,14 +259,13 @@ class Trainer:
         if config.optimizer_state == "reset" and isinstance(self.workers, Workers):
             self.workers.reset_optimizer()
         spoilt: dict[int, str] = {}
-        rates = self.rates.of(round)
+        behind = self._steps_behind(round)
         try:
-            with one_line_when_out(self.comm.device, self.comm.rank):
+            with one_line_when_out(self.comm.device, self.comm.rank), self.net.behind(round, behind):
                 for worker in self.workers.turns():
-                    tally = local_steps(self.workers.engine, batches, rates=rates)
-                    where = self._spoilt(round, tally, worker)
-                    if where:
-                        worker.spoilt, spoilt[worker.index] = True, where
+                    tally = self._turn(round, worker, batches, behind)
+                    if worker.spoilt:
+                        spoilt[worker.index] = worker.spoilt
                         tally = replace(tally, loss=0.0, right=0, images=0)
                     self.meter.tally(worker.index, tally)
         except RuntimeError as error:
@@ -288,13 +288,36 @@ class Trainer:
         due, written = self.saving.due_by_clock, self.saver.written
         return Report(spoilt, asked, due, written, self.data.trouble.take())
 
-    def _spoilt(self, round: int, tally: Tally, worker: Worker) -> str | None:
+    def _turn(self, round: int, worker: Worker, batches: Batches, behind: int) -> Tally:
+        """A worker's local steps of a round, of which so many run while the exchange does."""
+        engine, rates = self.workers.engine, self.rates.of(round)
+        before = len(rates) - behind
+        tally = local_steps(engine, batches, rates=rates[:before])
+        worker.spoilt = self._spoilt(round, tally)
+        if behind:
+            assert isinstance(self.workers, Workers)
+            self.net.take(round, worker, self.workers.standing(worker))
+            with self.workers.subnet.final_blocks():
+                rest = local_steps(engine, batches, rates=rates[before:])
+            worker.spoilt = worker.spoilt or self._spoilt(round, rest, before)
+            tally += rest
+        return tally
+
+    def _steps_behind(self, round: int) -> int:
+        """τ: none where all workers must hold the same when the round ends."""
+        net = self.net
+        alike = self._evaluation_is_due(round) or self._checkpoint_is_due(round, by_clock=False)
+        if alike or net.layout.workers == 1 or net.partition(round + 1).slots != net.deal.slots:
+            return 0
+        return self.config.overlap_steps
+
+    def _spoilt(self, round: int, tally: Tally, before: int = 0) -> str | None:
         """Where in a round a worker first met NaN or Inf, if it did: in a loss, or in what it now holds.
 
         A gradient's reaches the weights and momentum in the same step, and the next step's loss.
         """
         if tally.spoilt_at is not None:
-            step = self._after(round - 1).step + tally.spoilt_at + 1
+            step = self._after(round - 1).step + before + tally.spoilt_at + 1
             return f"first in the loss of local step {step}"
         if not self.workers.engine.is_finite():
             return f"in the weights or momentum after local step {self._after(round).step}"
@@ -313,8 +336,10 @@ class Trainer:
             if not self.config.way.lockstep:
                 remedy += ", or --on_nan skip"
             raise NotFiniteError(f"{'; '.join(said)}. Nothing of this round is kept: {remedy}")
-        for line in said:
-            telemetry.warn(f"{line}: its round is dropped")
+        for worker, line in zip(sorted(spoilt), said, strict=True):
+            late = self._steps_behind(round) and worker not in self.net.overlap.dropped
+            what = "all since its blocks were final" if late else "its round"
+            telemetry.warn(f"{line}: {what} is dropped")
         return frozenset(spoilt)
 
     def _lacking(self, trouble: Sequence[News], telemetry: Telemetry) -> str | None:
@@ -381,9 +406,12 @@ class Trainer:
 
     def _copies(self) -> dict[str, int]:
         """Bytes of host memory beside what is measured, on the rank that has most. Collective: all ranks."""
-        of_ranks = self.comm.gather((self.workers.idle, self.workers.copies, self.saver.copies))
-        idle, round_start, snapshot = map(max, zip(*of_ranks, strict=True))
-        return {"workers": idle, "on_nan skip": round_start, "checkpoint_async": snapshot}
+        net = self.net
+        kept = net.sync.differences.nbytes if net.sync.differences else 0
+        beside = (self.workers.idle, self.workers.copies, self.saver.copies, kept, net.overlap.nbytes)
+        of_ranks = self.comm.gather(beside)
+        names = ("workers", "on_nan skip", "checkpoint_async", "wire compact", "overlap_steps")
+        return dict(zip(names, map(max, zip(*of_ranks, strict=True)), strict=True))
 
     def _after(self, round: int) -> Position:
         """Where the run is when `round` is done."""

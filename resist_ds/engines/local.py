@@ -25,6 +25,17 @@ class Tally:
     seconds: float
     spoilt_at: int | None = None
 
+    def __add__(self, later: "Tally") -> "Tally":
+        """Of these steps and of later ones of the same round."""
+        spoilt_at = self.spoilt_at
+        return Tally(
+            self.loss + later.loss,
+            self.right + later.right,
+            self.images + later.images,
+            self.seconds + later.seconds,
+            spoilt_at,
+        )
+
 
 def local_steps(engine: Engine, batches: Iterator[tuple[Tensor, Tensor]], *, rates: Sequence[float]) -> Tally:
     """Train the worker whose state is in `engine` on its next batches.

@@ -74,10 +74,15 @@ class Workers(RankWorkers):
 
             self.engine.wrap(partial(data_parallel, self._comm))
 
+    @property
+    def mine(self) -> tuple[int, ...]:
+        """Which workers this rank plays."""
+        return tuple(worker.index for worker in self._workers)
+
     def turns(self) -> Iterator[Worker]:
         """Every worker in turn, its state in the engine for as long; a spoilt one's is as before."""
         for worker in self._workers:
-            worker.spoilt = False
+            worker.spoilt = None
             self.engine.load(worker)
             if self._round_start is not None:
                 self._round_start.copy_(worker.vector)
@@ -88,6 +93,15 @@ class Workers(RankWorkers):
                 worker.vector.copy_(self._round_start)
         if self._comm.device.type == "cuda":  # idle workers' vectors are on their way back to the host
             torch.cuda.synchronize(self._comm.device)
+
+    def standing(self, worker: Worker) -> Tensor:
+        """What counts of a worker in its turn: its state now, or, if it is spoilt, at the round's start."""
+        now = self.subnet.vector
+        if not worker.spoilt:
+            return now
+        if worker.vector is not now:
+            return worker.vector
+        return now if self._round_start is None else self._round_start  # none: nothing of it will be used
 
     @property
     def loss_scales(self) -> dict[int, dict[str, Any]]:

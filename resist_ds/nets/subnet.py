@@ -8,7 +8,8 @@ makes and frees: they never travel, and a plain loop does the same, at the same 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -200,14 +201,14 @@ class Worker:
         index: 0 … W−1.
         vector: parameters and optimizer state, laid out by `StateLayout`.
         scaler: the loss scale of fp16, which is part of a worker's state.
-        spoilt: whether the local steps that it has just done met NaN or Inf.
+        spoilt: where its local steps of this round first met NaN or Inf, or None.
     """
 
     def __init__(self, index: int, vector: Tensor, scaler: torch.amp.GradScaler):
         self.index = index
         self.vector = vector
         self.scaler = scaler
-        self.spoilt = False
+        self.spoilt: str | None = None
 
 
 def bind(module: nn.Module, views: Mapping[str, Tensor]) -> None:
@@ -269,8 +270,24 @@ class Subnet:
         low = low_precision(config)
         # DistributedDataParallel would average the copies' gradients: there autocast casts the weights.
         self._shadow = None if low is None or config.way.lockstep else self._shade(low, blueprint)
+        self._blocks = [
+            parameter
+            for slot in range(layout.slots)
+            for parameter in self.module.get_submodule(blueprint.block_prefix(slot).rstrip(".")).parameters()
+        ]
         self.refresh()
         self.module.train()
+
+    @contextmanager
+    def final_blocks(self) -> Iterator[None]:
+        """For as long, pool blocks are used and not changed: their weights' gradients are not computed."""
+        for parameter in self._blocks:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self._blocks:
+                parameter.requires_grad_(True)
 
     def refresh(self) -> None:
         """Bring what the net computes with up to date with the vector; before each use of it."""

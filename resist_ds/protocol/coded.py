@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from resist_ds.memory import host_bytes
 from resist_ds.protocol.partition import Move, Partition
 from resist_ds.protocol.pieces import Pieces
 from resist_ds.protocol.wire import Code, Noise
@@ -153,6 +154,11 @@ class Differences(Coder):
             values = vectors[worker].narrow(0, *self._range)
             self.reference[worker] = torch.empty(len(values), pin_memory=pinned).copy_(values)
             self.error[worker] = torch.zeros(len(values), pin_memory=pinned)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of what is kept."""
+        return sum(host_bytes(t) for kept in (self.reference, self.error) for t in kept.values())
 
     def write(
         self,

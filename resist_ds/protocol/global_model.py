@@ -3,24 +3,27 @@
 What a round does to it, whoever makes the local steps: `trainer` with its own loop, or `api` with the user's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.data.order import Position
 from resist_ds.errors import UserError
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.precision import autocast, is_finite
-from resist_ds.nets.subnet import OptimizerState
+from resist_ds.nets.subnet import OptimizerState, StateDict, Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation, Result
+from resist_ds.protocol.overlap import Overlap
 from resist_ds.protocol.partition import Layout, Partition, sample_partition
 from resist_ds.protocol.sync import Synchroniser
-from resist_ds.protocol.workers import RankWorkers
+from resist_ds.protocol.workers import RankWorkers, owned
 from resist_ds.state.run_state import State, config_hash, versions
 from resist_ds.state.saver import Saver
 from resist_ds.state.start import Start
@@ -32,6 +35,8 @@ class GlobalModel:
     Attributes:
         workers: those that this rank plays.
         deal, trained: who holds what in the round that comes, and in the one before it.
+        ahead: {worker: its shared part, as far as that takes part}, where it has gone on being trained while
+            the last exchange ran; empty where all workers hold the same.
         statistics, statistics_round: BatchNorm's, and the round after which they were estimated, or None.
     """
 
@@ -71,6 +76,10 @@ class GlobalModel:
             vectors=self.workers.vectors,
         )
 
+        travel = config.optimizer_state == "travel"
+        self.overlap = Overlap(comm, self.sync, self.workers.layout, travel=travel)
+        self.ahead: dict[int, Tensor] = {}
+
     def partition(self, round: int) -> Partition:
         """Who holds what in a round."""
         return deal_of(self._config, self.blueprint, self.layout.workers, round)
@@ -87,20 +96,60 @@ class GlobalModel:
         held = blueprint.parameters_held(self.trained.slots)
         return self._config.way.parameters_held(blueprint.parameters, held, self._comm.size)
 
-    def synchronise(self, round: int, dropped: frozenset[int] = frozenset()) -> None:
+    def synchronise(self, round: int, dropped: frozenset[int] = frozenset(), *, behind: int = 0) -> None:
         """Average every piece and bring it to its next holders. Collective: all ranks.
 
         Args:
             round: that was trained.
-            dropped: workers whose round does not count.
+            dropped: workers whose round does not count; or, where the exchange ran behind local steps, those
+                steps alone.
+            behind: local steps behind which it has run.
         """
         self.trained, self.deal = self.deal, self.partition(round + 1)
+        self.ahead = {}
+        if not behind:
+            self.overlap.seconds = self.overlap.waited = 0.0
+        else:
+            self.overlap.finish(self.workers.vectors, dropped)
+            self.ahead = self.overlap.shared_parts(self.workers.vectors)
+            return
         if self._config.way.lockstep:  # all hold the same at any time
             return
         self.sync.aggregate(self.workers.vectors, self.trained, dropped)
         self.sync.hand_off(self.workers.vectors, self.trained, self.deal)
         if self.deal.slots != self.trained.slots:  # warm-up is over
             self.workers.resize(self.deal.slots)
+
+    @contextmanager
+    def behind(self, round: int, steps: int) -> Iterator[None]:
+        """Local steps of all of this rank's workers, the last of which the exchange runs behind. Collective.
+
+        Args:
+            steps: so many of each worker; with 0 nothing communicates.
+        """
+        try:
+            yield
+        except Exception as error:
+            if steps and not self.overlap.running:  # the others wait for this rank
+                self._begin(round, error)
+            with suppress(Exception):
+                self.overlap.wait()
+            raise
+        self.overlap.wait()
+
+    def take(self, round: int, worker: Worker, vector: Tensor) -> None:
+        """A worker's blocks are final; after the last one of this rank the exchange begins.
+
+        Args:
+            vector: what takes part; of a spoilt worker the round's start.
+        """
+        self.overlap.take(worker.index, vector, bool(worker.spoilt))
+        if worker.index == self.layout.workers_of(self._comm.rank)[-1]:
+            self._begin(round)
+
+    def _begin(self, round: int, error: Exception | None = None) -> None:
+        skip = self._config.on_nan == "skip"
+        self.overlap.begin(self.deal, self.partition(round + 1), skip=skip, error=error)
 
     def evaluate(self, evaluation: Evaluation, round: int, free: int) -> Result:
         """Test the global model with the test scale of the round just trained. Collective: all ranks.
@@ -152,7 +201,13 @@ class GlobalModel:
             config_hash=config_hash(options),
             versions=versions(),
         )
-        saver.start(state, self.workers.owned(self.deal), self.statistics)
+        saver.start(state, self._owned(), self.statistics)
+
+    def _owned(self) -> StateDict:
+        """The partitioned state dict: of shared, what all workers have agreed on. Collective: all ranks."""
+        if self.ahead:
+            return owned(self.blueprint, self.workers.layout, self.overlap.vectors, self.deal)
+        return self.workers.owned(self.deal)
 
     def saver(self, folder: Path, *, background: bool) -> Saver:
         """What writes its checkpoints into a folder."""

@@ -154,7 +154,7 @@ class Synchroniser:
         """Wait for copies between host memory and a GPU, before the host reads or writes what they touch."""
         ends = (self._transit, *vectors.values())
         if self.comm.device.type == "cuda" and any(end.device.type == "cpu" for end in ends):
-            torch.cuda.synchronize(self.comm.device)
+            torch.cuda.current_stream(self.comm.device).synchronize()
 
     def _rank(self, worker: int) -> int:
         return self.layout.rank_of(worker)

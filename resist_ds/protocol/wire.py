@@ -3,7 +3,7 @@
 A code writes float32 values, in blocks of 256, as bytes, and reads them back:
 
     INT8   a block's values in steps of 1/127 of its largest: 256 × int8, and the step as a float32
-    LOG8   values ≥ 0 to 3 bits behind the leading one, counted down from the largest: 256 × uint8, and that one
+    LOG8   values ≥ 0 to 3 bits behind the leading one, down from the largest: 256 × uint8, and the largest
     BF16   bfloat16, rounded up or down at random, so that its mean is the value; 2 bytes each
 
 What was read and is written again comes out the same: so the owner of a piece, who keeps what it read of its

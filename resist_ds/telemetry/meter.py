@@ -27,7 +27,8 @@ class Figures:
 
     Attributes:
         tallies: training tally of each worker that the rank plays.
-        seconds, peak, reserved: per phase; bytes of memory.
+        seconds, peak, reserved: per phase; bytes of memory. The seconds of `exposed` are what of a
+            synchronisation was in front of everybody.
         sent: bytes sent to other ranks, by kind of exchange.
     """
 
@@ -66,6 +67,18 @@ class Meter:
         if name == "local":
             self._trained = max(self._trained, self._figures.peak[name])
 
+    def exposed(self, waited: float, behind: float) -> None:
+        """Of a round's synchronisation, which has just been measured: what everybody waited for.
+
+        Args:
+            waited: seconds of the local phase that were spent on waiting for the exchange behind it.
+            behind: seconds that this took; with 0 all of it is in front of everybody.
+        """
+        seconds = self._figures.seconds
+        seconds["exposed"] = seconds["sync"] + waited
+        seconds["local"] -= waited
+        seconds["sync"] += behind
+
     @property
     def free(self) -> int:
         """Bytes below the highest peak of training, at the moment."""
@@ -101,14 +114,15 @@ def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
     """train/…, perf/…, comm/… and mem/… keys of a round from all ranks' figures."""
     tallies = dict(sorted(item for f in ranks for item in f.tallies.items())).values()
     images = sum(t.images for t in tallies)
-    local, sync = slowest(ranks, "local"), slowest(ranks, "sync")
+    local, exposed = slowest(ranks, "local"), slowest(ranks, "exposed")
     each = images or math.nan  # a round that was dropped for all workers has no loss
     return {
         "train/loss": math.fsum(t.loss for t in tallies) / each,
         "train/accuracy": sum(t.right for t in tallies) / each,
-        "perf/samples_per_s": images / (local + sync),
+        "perf/samples_per_s": images / (local + exposed),
         "perf/local_s": local,
-        "perf/sync_s": sync,
+        "perf/sync_s": slowest(ranks, "sync"),
+        "perf/sync_exposed_s": exposed,
         "comm/bytes_round": sum(f.sent[kind] for f in ranks for kind in SYNC),
         **memory_metrics(ranks),
     }
@@ -122,6 +136,7 @@ class Totals:
         images, seconds: per worker, of its local steps.
         peak: per phase and rank, bytes.
         bytes_round, bytes_total: bytes of synchronisation alone, and of everything.
+        seconds_sync, seconds_exposed: of all synchronisations, and of those what everybody waited for.
         skipped: rounds of workers that were dropped (`--on_nan skip`).
         unreadable: images that this process could not read (`--on_bad_image skip`).
         wall: seconds that the run has lasted.
@@ -133,6 +148,8 @@ class Totals:
     peak: dict[tuple[str, int], int] = field(default_factory=dict)
     bytes_sync: int = 0
     bytes_total: int = 0
+    seconds_sync: float = 0.0
+    seconds_exposed: float = 0.0
     rounds: int = 0
     skipped: int = 0
     unreadable: int = 0
@@ -152,6 +169,8 @@ class Totals:
         return {**kept, "accuracy": accuracy}
 
     def add(self, ranks: Sequence[Figures]) -> None:
+        self.seconds_sync += slowest(ranks, "sync")
+        self.seconds_exposed += slowest(ranks, "exposed")
         for rank, figures in enumerate(ranks):
             for worker, tally in figures.tallies.items():
                 self.images[worker] += tally.images

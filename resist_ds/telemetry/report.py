@@ -192,6 +192,9 @@ def closing(
             f"  planned for one worker per rank: {_megabytes(ours)}, local SGD {_megabytes(local_sgd)} "
             f"({100 * ours / local_sgd:.0f} %)"
         )
+    if way.averages and totals.rounds:
+        each, exposed = (seconds / totals.rounds for seconds in (totals.seconds_sync, totals.seconds_exposed))
+        lines.append(f"synchronisation: {each:.3f} s a round, of which everybody waited for {exposed:.3f} s")
     if totals.skipped:
         lines.append(f"dropped for NaN or Inf: {_count(totals.skipped, 'round')} of a worker")
     if totals.unreadable:

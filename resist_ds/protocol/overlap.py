@@ -1,0 +1,155 @@
+"""A synchronisation that runs behind the last local steps of its round, on a thread of its own.
+
+τ steps before the end a worker's pool blocks are final, and a copy of its whole state takes part in the
+synchronisation; its shared part goes on being trained. At the end the blocks are what was synchronised, and
+what the others have found is added to shared: `v += new − sent`. (Streaming DiLoCo, arXiv 2501.18512, lets an
+exchange take some steps; here nothing that is used is stale.)
+
+The copies live in host memory, pinned where a GPU is used; there the thread queues on a stream of its own.
+While it runs nobody else may communicate.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from resist_ds.comm import Comm
+from resist_ds.memory import host_bytes
+from resist_ds.nets.subnet import StateLayout
+from resist_ds.protocol.partition import Partition
+from resist_ds.protocol.sync import MEAN_CHUNK, Synchroniser
+
+NOT_NEGATIVE = "exp_avg_sq"  # of an optimizer's state: what adding a difference must not spoil
+
+
+class Overlap:
+    """What of this rank's workers takes part, and the thread that synchronises it.
+
+    Args:
+        state: of a worker's vector; the number of slots may change when nothing is on its way.
+        travel: whether optimizer state takes part.
+
+    Attributes:
+        vectors: {worker: vector} as it was synchronised: at the end of such a round the global model.
+        dropped: workers whose round did not count when it began, on all ranks.
+        seconds: that the last exchange took; waited: that its end was waited for.
+    """
+
+    def __init__(self, comm: Comm, sync: Synchroniser, state: StateLayout, *, travel: bool):
+        self._comm = comm
+        self._sync = sync
+        self._state = state
+        self._length = state.shared.exchanged(travel)
+        self.vectors: dict[int, Tensor] = {}
+        self._sent: dict[int, Tensor] = {}
+        self._spoilt: list[int] = []
+        self.dropped: frozenset[int] = frozenset()
+        self.seconds = self.waited = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._stream = torch.cuda.Stream(comm.device) if comm.device.type == "cuda" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of the copies."""
+        return sum(host_bytes(t) for copies in (self.vectors, self._sent) for t in copies.values())
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None
+
+    def take(self, worker: int, vector: Tensor, spoilt: bool) -> None:
+        """A worker's blocks are final: copy what takes part.
+
+        Args:
+            spoilt: its round does not count; the vector is that of the round's start.
+        """
+        if worker not in self.vectors or self.vectors[worker].shape != vector.shape:
+            pinned = self._stream is not None
+            self.vectors[worker] = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=pinned)
+            self._sent[worker] = torch.empty(self._length, dtype=vector.dtype, pin_memory=pinned)
+        self.vectors[worker].copy_(vector, non_blocking=True)
+        self._sent[worker].copy_(vector[: self._length], non_blocking=True)
+        if spoilt:
+            self._spoilt.append(worker)
+
+    def begin(self, now: Partition, then: Partition, *, skip: bool, error: Exception | None = None) -> None:
+        """Start the exchange, when all of this rank's workers are taken. Collective: all ranks.
+
+        Args:
+            now, then: deals of this round and of the next.
+            skip: spoilt workers are left out; otherwise nothing is exchanged where there is one.
+            error: why this rank cannot take part: then nobody does, and all raise it in `wait`.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._comm.device))
+        spoilt, self._spoilt = self._spoilt, []
+
+        def work() -> list[int]:
+            if error is not None:
+                raise error
+            return spoilt
+
+        self._error = None
+        self._thread = threading.Thread(target=self._run, args=(now, then, work, skip), daemon=True)
+        self._thread.start()
+
+    def _run(self, now: Partition, then: Partition, work: Callable[[], list[int]], skip: bool) -> None:
+        queue: AbstractContextManager[object] = nullcontext()
+        try:
+            if self._stream is not None:
+                torch.cuda.set_device(self._comm.device)
+                queue = torch.cuda.stream(self._stream)
+            with torch.no_grad(), queue:
+                self.dropped = frozenset(w for workers in self._comm.collect(work) for w in workers)
+                if self.dropped and not skip:
+                    return
+                start = time.perf_counter()
+                self._sync.aggregate(self.vectors, now, self.dropped)
+                self._sync.hand_off(self.vectors, now, then)
+                if self._stream is not None:
+                    self._stream.synchronize()
+                self.seconds = time.perf_counter() - start
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait for the exchange's end; raises what went wrong in it, on all ranks."""
+        if self._thread is None:
+            return
+        start = time.perf_counter()
+        self._thread.join()
+        self.waited = time.perf_counter() - start
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def shared_parts(self, vectors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Views of what takes part of shared."""
+        return {worker: vector[: self._length] for worker, vector in vectors.items()}
+
+    def finish(self, vectors: Mapping[int, Tensor], lost: Collection[int]) -> None:
+        """Put what was synchronised into the workers' vectors.
+
+        Args:
+            lost: workers whose steps since then do not count, or whose whole round.
+        """
+        for worker, vector in vectors.items():
+            new, sent = self.vectors[worker], self._sent[worker]
+            blocks = self._state.slot_offset(0)
+            vector[blocks:].copy_(new[blocks:], non_blocking=True)
+            for lo in range(0, self._length, MEAN_CHUNK):
+                part, found = vector[lo : min(lo + MEAN_CHUNK, self._length)], new[lo : lo + MEAN_CHUNK]
+                if worker in lost:
+                    part.copy_(found[: len(part)], non_blocking=True)
+                else:
+                    change = found[: len(part)] - sent[lo : lo + len(part)]
+                    part += change.to(part.device, non_blocking=True)
+            shared = self._state.shared
+            if NOT_NEGATIVE in shared.state.vectors and self._length > shared.parameters:
+                row = 1 + shared.state.vectors.index(NOT_NEGATIVE)
+                vector.narrow(0, row * shared.parameters, shared.parameters).clamp_(min=0)
