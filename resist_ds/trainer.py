@@ -163,7 +163,8 @@ class Trainer:
                     reports = self._train(partial(self._local_steps, round, batches, signals))
                 dropped = self._dropped(round, reports, telemetry)
                 with self.meter.phase("sync"):
-                    net.synchronise(round, dropped, behind=self._steps_behind(round))
+                    complete = net.finish if self._steps_behind(round) else net.synchronise
+                    complete(round, dropped)
                 self.meter.exposed(net.overlap.waited, net.overlap.seconds)
                 axes = self._axes(round)
                 lacking = self._lacking([r.trouble for r in reports], telemetry)

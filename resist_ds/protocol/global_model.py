@@ -96,23 +96,26 @@ class GlobalModel:
         held = blueprint.parameters_held(self.trained.slots)
         return self._config.way.parameters_held(blueprint.parameters, held, self._comm.size)
 
-    def synchronise(self, round: int, dropped: frozenset[int] = frozenset(), *, behind: int = 0) -> None:
+    def finish(self, round: int, lost: frozenset[int] = frozenset()) -> None:
+        """Take what was synchronised behind local steps, in place of `synchronise`. No communication.
+
+        Args:
+            round: that was trained.
+            lost: workers whose steps while it ran do not count.
+        """
+        self.trained, self.deal = self.deal, self.partition(round + 1)
+        self.overlap.finish(self.workers.vectors, lost)
+        self.ahead = self.overlap.shared_parts(self.workers.vectors)
+
+    def synchronise(self, round: int, dropped: frozenset[int] = frozenset()) -> None:
         """Average every piece and bring it to its next holders. Collective: all ranks.
 
         Args:
             round: that was trained.
-            dropped: workers whose round does not count; or, where the exchange ran behind local steps, those
-                steps alone.
-            behind: local steps behind which it has run.
+            dropped: workers whose round does not count.
         """
         self.trained, self.deal = self.deal, self.partition(round + 1)
-        self.ahead = {}
-        if not behind:
-            self.overlap.seconds = self.overlap.waited = 0.0
-        else:
-            self.overlap.finish(self.workers.vectors, dropped)
-            self.ahead = self.overlap.shared_parts(self.workers.vectors)
-            return
+        self.ahead, self.overlap.seconds, self.overlap.waited = {}, 0.0, 0.0
         if self._config.way.lockstep:  # all hold the same at any time
             return
         self.sync.aggregate(self.workers.vectors, self.trained, dropped)

@@ -99,6 +99,7 @@ class Overlap:
         self._thread.start()
 
     def _run(self, now: Partition, then: Partition, work: Callable[[], list[int]], skip: bool) -> None:
+        """The thread. Collective: all ranks."""
         queue: AbstractContextManager[object] = nullcontext()
         try:
             if self._stream is not None:

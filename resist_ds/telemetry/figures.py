@@ -18,7 +18,6 @@ from resist_ds.options.strategy import STRATEGIES
 from resist_ds.protocol.partition import sample_partition
 
 PHASES = ("local", "sync", "eval", "save")
-IN_FRONT = ("local", "sync_exposed", "eval", "save")  # what everybody waits for, one after the other
 # What says nothing of the experiment: two runs that differ in it are the same one, repeated.
 INCIDENTAL = ("seed", "output_dir", "run_name", "wandb_project", "log_with", "progress", "resume", "override")
 
@@ -50,9 +49,15 @@ def read(path: Path) -> Run:
     records = [json.loads(line) for line in file.read_text().splitlines()]
     if not records or records[-1]["kind"] != "summary":
         raise ValueError(f"{path} has not ended: resume it with train.py --resume auto")
-    times = accumulate(sum(r.get(f"perf/{name}_s", 0.0) for name in IN_FRONT) for r in records[:-1])
+    times = accumulate(_seconds(record) for record in records[:-1])
     evals = [r | {"seconds": t} for r, t in zip(records[:-1], times, strict=True) if r["kind"] == "eval"]
     return Run(path, evals, records[-1])
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    """What everybody waited for, one phase after the other."""
+    front = record | {"perf/sync_s": record.get("perf/sync_exposed_s", record.get("perf/sync_s", 0.0))}
+    return sum(front.get(f"perf/{phase}_s", 0.0) for phase in PHASES)
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:

@@ -99,6 +99,11 @@ def slowest(ranks: Sequence[Figures], phase: str) -> float:
     return max(f.seconds.get(phase, 0.0) for f in ranks)
 
 
+def in_front(ranks: Sequence[Figures]) -> float:
+    """Seconds of a synchronisation that everybody waited for: all of it, if none ran behind local steps."""
+    return max(f.seconds.get("exposed", f.seconds.get("sync", 0.0)) for f in ranks)
+
+
 def memory_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
     """mem/… keys: peaks over the interval's phases, GiB; of the largest rank, and of each."""
     peaks = [max(f.peak.values()) for f in ranks]
@@ -114,7 +119,7 @@ def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
     """train/…, perf/…, comm/… and mem/… keys of a round from all ranks' figures."""
     tallies = dict(sorted(item for f in ranks for item in f.tallies.items())).values()
     images = sum(t.images for t in tallies)
-    local, exposed = slowest(ranks, "local"), slowest(ranks, "exposed")
+    local, exposed = slowest(ranks, "local"), in_front(ranks)
     each = images or math.nan  # a round that was dropped for all workers has no loss
     return {
         "train/loss": math.fsum(t.loss for t in tallies) / each,
@@ -170,7 +175,7 @@ class Totals:
 
     def add(self, ranks: Sequence[Figures]) -> None:
         self.seconds_sync += slowest(ranks, "sync")
-        self.seconds_exposed += slowest(ranks, "exposed")
+        self.seconds_exposed += in_front(ranks)
         for rank, figures in enumerate(ranks):
             for worker, tally in figures.tallies.items():
                 self.images[worker] += tally.images

@@ -54,7 +54,14 @@ POSITION = {
     *("lr", "mem/params_held", "mem/params_full"),
 }
 MEMORY = {"mem/peak_gib", "mem/peak_gib/rank0", "mem/peak_gib/rank1"}
-TRAIN = {"train/loss", "train/accuracy", "perf/samples_per_s", "perf/local_s", "perf/sync_s"}
+TRAIN = {
+    "train/loss",
+    "train/accuracy",
+    "perf/samples_per_s",
+    "perf/local_s",
+    "perf/sync_s",
+    "perf/sync_exposed_s",
+}
 EVAL = {"eval/loss", "eval/accuracy", "eval/best_accuracy", "perf/eval_s", "comm/bytes_eval"}
 BYTES = {"comm/bytes_round"}
 # What comes on top: the peak of each phase, what torch has reserved on a GPU, and the summary's own.
@@ -176,7 +183,12 @@ def test_the_figures_of_all_ranks_become_one_line() -> None:
     metrics = round_metrics([one, two])
     assert (metrics["train/loss"], metrics["train/accuracy"]) == (1.0, 0.5)
     assert (metrics["perf/local_s"], metrics["perf/sync_s"]) == (3.0, 1.0)
+    assert metrics["perf/sync_exposed_s"] == 1.0  # none of it ran behind local steps
     assert metrics["perf/samples_per_s"] == 12 / (3.0 + 1.0)
+    two.seconds["exposed"] = one.seconds["exposed"] = 0.25
+    hidden = round_metrics([one, two])
+    assert (hidden["perf/sync_s"], hidden["perf/sync_exposed_s"]) == (1.0, 0.25)
+    assert hidden["perf/samples_per_s"] == 12 / (3.0 + 0.25)
     assert metrics["comm/bytes_round"] == 5 + 7 + 50
     assert metrics["mem/peak_gib"] == metrics["mem/sync_gib"] == metrics["mem/peak_gib/rank0"] == 3
     assert metrics["mem/peak_gib/rank1"] == 1
