@@ -184,12 +184,14 @@ class Noise:
             size = min(len(table) - at, len(bits) - done)
             part = bits[done : done + size]
             torch.bitwise_xor(table[at : at + size], _int32(salt + turn * 0x9E3779B97F4A7C15), out=part)
-            part *= _ODD
+            part *= _ODD[0]
+            part ^= (part >> 15).bitwise_and_(0x1FFFF)  # shifted in are zeros, and no signs
+            part *= _ODD[1]
             done += size
         return bits.view(torch.int16)[:numel].to(torch.int32)
 
 
-_ODD = -1640531527  # 2³² divided by the golden ratio
+_ODD = -1640531527, -1028477379  # factors that mix well: 2³² by the golden ratio, and one of xxHash's
 
 
 def _int32(number: int) -> int:

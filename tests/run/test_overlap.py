@@ -1,0 +1,274 @@
+"""Exchanges behind local steps: the same bits on any ranks, and what goes wrong while one is on its way."""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resist_ds import trainer
+from resist_ds.comm import Comm
+from resist_ds.engines.engine import TorchEngine
+from resist_ds.errors import NotFiniteError, RunError
+from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.precision import autocast
+from resist_ds.nets.subnet import StateLayout, Subnet
+from resist_ds.options.config import Config
+from resist_ds.protocol.overlap import Overlap
+from resist_ds.trainer import Trainer
+from tests import THREADS
+from tests.conftest import _CONTEXT, Ranks
+
+STEPS, BEHIND, ROUNDS = 3, 2, 3
+OPTIONS: dict[str, Any] = {
+    "dataset": "synthetic",
+    "img_size": 8,
+    "model": "preact_resnet_small",
+    "batch_size": 4,
+    "local_steps": STEPS,
+    "overlap_steps": BEHIND,
+    "rounds": ROUNDS,
+    "lr": 0.05,
+    "schedule": "constant",
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "calibration_samples": 8,
+    "log_with": "none",
+    "progress": False,
+    "cpu_threads": THREADS,
+}
+
+
+def vectors(of: Trainer) -> dict[int, str]:
+    """{worker: hash of all that it holds}."""
+    held = of.workers.vectors.items()
+    return {worker: hashlib.sha256(vector.numpy().tobytes()).hexdigest() for worker, vector in held}
+
+
+class Enough(Exception):
+    """All has been seen: an evaluation and a checkpoint would take longer than the rest."""
+
+
+def bits(comm: Comm, runs: Sequence[dict[str, Any]]) -> list[list[dict[int, str]]]:
+    """Of each run: what this rank's workers hold after every round."""
+    found = []
+    for options in runs:
+        run, seen = Trainer(comm, Config(**options)), []
+        finish, synchronise = run.net.finish, run.net.synchronise
+
+        def watched(how: Callable[..., None], run: Trainer = run, seen: list[Any] = seen) -> Any:
+            def completed(round: int, *args: Any) -> None:
+                how(round, *args)
+                seen.append({"hidden": how == finish, **vectors(run)})  # noqa: B023
+                if len(seen) == ROUNDS:
+                    raise Enough
+
+            return completed
+
+        run.net.finish = watched(finish)  # type: ignore[method-assign]
+        run.net.synchronise = watched(synchronise)  # type: ignore[method-assign]
+        with contextlib.suppress(Enough):
+            run.run()
+        run.folder.release()
+        found.append(seen)
+    return found
+
+
+@pytest.mark.ranks
+def test_the_bits_do_not_depend_on_the_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    """W = 6 on R = 1, 2, 3, 6: after every round, those with the exchange behind local steps first."""
+    cases = [{"wire": "compact"}, {"optimizer": "adamw", "lr": 0.002}]
+    often = {"rounds": 10**6, "checkpoint_every": ROUNDS, "workers": 6, "batch_size": 2}
+    first: list[Any] = []
+    for size in (1, 2, 3, 6):
+        runs = [
+            OPTIONS | often | case | {"output_dir": str(tmp_path / f"{size}-{number}")}
+            for number, case in enumerate(cases)
+        ]
+        returned = ranks(bits, size, runs)
+        merged = [
+            [{k: v for rank in of_round for k, v in rank.items()} for of_round in zip(*of_case, strict=True)]
+            for of_case in zip(*returned, strict=True)
+        ]
+        assert all([r.pop("hidden") for r in of_case] == [True, True, False] for of_case in merged)
+        assert all(len(set(r.values())) > 1 for of_case in merged for r in of_case), "workers differ"
+        first = first or merged
+        assert merged == first, size
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_final_blocks_are_used_and_not_trained(precision: str, optimizer: str) -> None:
+    config = Config(mixed_precision=precision, optimizer=optimizer, batch_size=4)  # type: ignore[arg-type]
+    blueprint = Blueprint("preact_resnet_small", 10)
+    layout = StateLayout.of(blueprint, config, 2)
+    subnet = Subnet(blueprint, layout, config, torch.device("cpu"))
+    subnet.vector.uniform_(0.01, 0.05, generator=torch.Generator().manual_seed(0))
+    engine = TorchEngine(subnet, config)
+    x, y = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    before = subnet.vector.clone()
+    with subnet.final_blocks():
+        engine.step(x, y, 0.1)
+        blocks = slice(layout.slot_offset(0), None)
+        assert torch.equal(subnet.vector[blocks], before[blocks])
+        shared = [p for n, p in subnet.weights.items() if not n.startswith(blueprint.block_prefix(0)[:-2])]
+        start = layout.shared_part(before)
+        assert not torch.equal(layout.shared_part(subnet.vector), start) and shared
+        subnet.refresh()
+        with autocast(config, x.device):
+            F.cross_entropy(subnet.module(x), y).backward()
+        held = dict(subnet.module.named_parameters())
+        final = [n for n, p in held.items() if p.grad is None]
+        inside = tuple(blueprint.block_prefix(slot) for slot in range(2))
+        assert final == [n for n in held if n.startswith(inside)]
+    engine.step(x, y, 0.1)
+    assert not torch.equal(subnet.vector[blocks], before[blocks])
+
+
+class Meeting:
+    """Something that happens to a rank at a local step of its first round."""
+
+    def __init__(self, rank: int, step: int, does: Callable[[Any], Any]):
+        self.rank, self.step, self.does = rank, step, does
+
+    def arrange(self, comm: Comm) -> None:
+        inner, done = TorchEngine.step, iter(range(10**9))
+
+        def step(engine: TorchEngine, *args: Any) -> Any:
+            result = inner(engine, *args)
+            return self.does(result) if next(done) == self.step and comm.rank == self.rank else result
+
+        TorchEngine.step = step  # type: ignore[method-assign]
+
+
+def breaks(result: Any) -> Any:
+    raise RunError("the disk is on fire")
+
+
+def spoils(result: Any) -> Any:
+    return result[0] * math.nan, result[1]
+
+
+def dies(result: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing(comm: Comm, step: int, options: dict[str, Any]) -> tuple[str, bool]:
+    Meeting(1, step, breaks).arrange(comm)
+    run = Trainer(comm, Config(**options))
+    with pytest.raises(RunError) as caught:
+        run.run()
+    run.folder.release()
+    return str(caught.value), run.net.overlap.running
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("step", [0, STEPS - 1])
+def test_a_failing_rank_ends_all_in_its_words(ranks: Ranks, tmp_path: Path, step: int) -> None:
+    """Before its exchange has begun, for which the others wait; and behind one that is on its way."""
+    options = OPTIONS | {"workers": 2, "output_dir": str(tmp_path)}
+    assert ranks(failing, 2, step, options, timeout=40) == [("the disk is on fire", False)] * 2
+
+
+def skipping(comm: Comm, step: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What a first round that spoils rank 1's worker at a step has come to."""
+    Meeting(1, step, spoils).arrange(comm)
+    run, seen = Trainer(comm, Config(**options)), {}
+    finish = run.net.finish
+
+    def watched(round: int, lost: frozenset[int]) -> None:
+        finish(round, lost)
+        if not seen:
+            shared = run.workers.layout.shared.numel
+            vector = run.workers.vectors[comm.rank]
+            agreed = run.net.overlap.vectors[comm.rank]
+            seen["lost"], seen["dropped"] = sorted(lost), sorted(run.net.overlap.dropped)
+            seen["alike"] = torch.equal(vector[:shared], agreed[:shared])
+            seen["blocks"] = torch.equal(vector[shared:], agreed[shared:])
+            seen["finite"] = bool(vector.isfinite().all())
+
+    run.net.finish = watched  # type: ignore[method-assign]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        run.run()
+    seen["warned"] = [line.partition("NaN or Inf in ")[2] for line in stderr.getvalue().splitlines()]
+    return seen
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("step", "dropped"), [(0, [1]), (STEPS - 1, [])])
+def test_nan_costs_the_round_or_what_came_after_the_blocks_were_final(
+    ranks: Ranks, tmp_path: Path, step: int, dropped: list[int]
+) -> None:
+    options = OPTIONS | {"workers": 2, "output_dir": str(tmp_path), "on_nan": "skip"}
+    zero, one = ranks(skipping, 2, step, options)
+    what = "its round" if dropped else "all since its blocks were final"
+    warning = f"round 1, first in the loss of local step {step + 1}: {what} is dropped"
+    expected = {"lost": [1], "dropped": dropped, "blocks": True, "finite": True}
+    assert zero == expected | {"alike": False, "warned": [warning]}  # it has gone on training
+    assert one == expected | {"alike": True, "warned": []}
+
+
+def stopping(comm: Comm, step: int, options: dict[str, Any]) -> str:
+    Meeting(1, step, spoils).arrange(comm)
+    aggregated = []
+    run = Trainer(comm, Config(**options))
+    inner = run.net.sync.aggregate
+    run.net.sync.aggregate = lambda *args: (aggregated.append(1), inner(*args))  # type: ignore[method-assign]
+    with pytest.raises(NotFiniteError) as caught:
+        run.run()
+    run.folder.release()
+    return f"{caught.value} {len(aggregated)}"
+
+
+@pytest.mark.ranks
+def test_nan_stops_before_anything_is_exchanged(ranks: Ranks, tmp_path: Path) -> None:
+    said = ranks(stopping, 2, 0, OPTIONS | {"workers": 2, "output_dir": str(tmp_path)})
+    assert len(set(said)) == 1 and said[0].startswith("worker 1 met NaN") and said[0].endswith(" 0")
+
+
+def life(rank: int, size: int, store: str, options: dict[str, Any], said: Path) -> None:
+    """`train.py` on a rank, of which the second dies behind its exchange."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    sys.stderr = said.open("w")
+    torch.set_num_threads(1)
+    comm = Comm(init_method=f"file://{store}")
+    trainer.Comm = lambda: comm  # type: ignore[assignment,misc]
+    Meeting(1, STEPS - 1, dies).arrange(comm)
+    code = trainer.main(Config(**options))
+    sys.stderr.close()
+    os._exit(code)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_killed_behind_its_exchange_ends_the_others_in_a_line(tmp_path: Path) -> None:
+    options = OPTIONS | {"workers": 3, "output_dir": str(tmp_path / "run"), "progress": False}
+    said = [tmp_path / f"rank{rank}" for rank in range(3)]
+    place = (3, str(tmp_path / "store"), options)
+    ranks = [_CONTEXT.Process(target=life, args=(r, *place, said[r]), daemon=True) for r in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [1, -signal.SIGKILL, 1]
+    lines = [line for path in (said[0], said[2]) for line in path.read_text().splitlines()]
+    assert len(lines) == 1 and "lost another rank" in lines[0], lines
+
+
+def test_copies_are_counted_once_they_are_there() -> None:
+    config = Config()
+    blueprint = Blueprint("preact_resnet_small", 10)
+    state = StateLayout.of(blueprint, config, 2)
+    overlap = Overlap(Comm(), None, state, travel=True)  # type: ignore[arg-type]
+    assert overlap.nbytes == 0
+    overlap.take(0, torch.zeros(state.numel), spoilt=False)
+    assert overlap.nbytes == 4 * (state.numel + state.shared.numel)
