@@ -21,6 +21,7 @@ from resist_ds.engines.deepspeed_options import scheduler_of
 from resist_ds.engines.local import Tally, local_steps
 from resist_ds.engines.place import place_workers
 from resist_ds.engines.rates import Rates
+from resist_ds.engines.timetable import Timetable
 from resist_ds.engines.workers import Workers
 from resist_ds.errors import DataError, NotFiniteError, RunError, Stopped, UserError
 from resist_ds.launcher import Launch
@@ -112,9 +113,10 @@ class Trainer:
         self.order = Order(
             config.seed, self.data.train_size, layout.workers, config.batch_size, start.position
         )
-        self.rounds = config.rounds or self.order.rounds(config.epochs, config.local_steps)
+        self.timetable = Timetable(config, self.order)
+        self.rounds = self.timetable.rounds
 
-        self.rates = comm.agree(lambda: Rates(config, self.order, self.rounds, self._scheduler))
+        self.rates = comm.agree(lambda: Rates(config, self.timetable, self._scheduler))
         self.workers = place_workers(comm, config, layout, blueprint, start)
         self.net = GlobalModel(comm, config, layout, blueprint, start, self.workers)
         self.evaluation = Evaluation(comm, layout, blueprint, self.data, config)
@@ -141,7 +143,7 @@ class Trainer:
             NotFiniteError: a worker met NaN or Inf under `--on_nan stop`.
         """
         net = self.net
-        job = report.Job(self.config, self.comm, net.layout, net.blueprint, self.data, self.rounds)
+        job = report.Job(self.config, self.comm, net.layout, net.blueprint, self.data, self.timetable)
         if self.start.position.round >= self.rounds:
             if self.comm.rank == 0:
                 done = self.start.position.round
@@ -228,11 +230,10 @@ class Trainer:
         """All batches that this rank's workers will see, in the order in which they are played."""
 
         def schedule() -> Iterator[tuple[int, np.ndarray]]:
-            steps = self.config.local_steps
             for round in range(self.start.position.round, self.rounds):
-                first = self.order.after(round - self.start.position.round, steps).step
+                steps = range(self._after(round - 1).step, self._after(round).step)
                 for worker in self.net.layout.workers_of(self.comm.rank):
-                    for step in range(first, first + steps):
+                    for step in steps:
                         yield self.order.batch(step, worker)
 
         dtype = getattr(torch, self.config.dtype)
@@ -416,12 +417,12 @@ class Trainer:
 
     def _after(self, round: int) -> Position:
         """Where the run is when `round` is done."""
-        return self.order.after(round + 1 - self.start.position.round, self.config.local_steps)
+        return self.timetable.after(round)
 
     def _axes(self, round: int) -> dict[str, float]:
-        """Where in the run the end of a round is, and what a worker held in it."""
+        """Where in the run the end of a round is, how long that was, and what a worker held in it."""
         position = self._after(round)
-        return {
+        axes = {
             "round": position.round,
             "global_step": position.step,
             "samples_seen": position.samples,
@@ -429,3 +430,6 @@ class Trainer:
             "mem/params_held": self.net.parameters_held,
             "mem/params_full": self.net.blueprint.parameters,
         }
+        if self.config.local_steps_max is not None:
+            axes["train/local_steps"] = self.timetable.local_steps(round)
+        return axes

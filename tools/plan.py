@@ -61,6 +61,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, kind in (("min_blocks", int), ("local_steps", int), ("transit_mib", int)):
         default = Config.default(name)
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"[{default}]")
+    parser.add_argument("--local_steps_max", type=int, metavar="N", help="of rounds that grow [none do]")
+    parser.add_argument(
+        "--schedule", choices=("step", "cosine", "constant"), default="step", help="by which they grow [step]"
+    )
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="[sgd]")
     parser.add_argument("--optimizer_state", choices=("travel", "reset"), default="travel", help="[travel]")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="[no]")
@@ -101,6 +105,8 @@ def plan(given: argparse.Namespace) -> "Plan":
         "batch_size",
         "min_blocks",
         "local_steps",
+        "local_steps_max",
+        "schedule",
         "transit_mib",
         "optimizer",
         "optimizer_state",
@@ -128,16 +134,23 @@ def plan(given: argparse.Namespace) -> "Plan":
 
 def render(plan: "Plan", given: argparse.Namespace) -> str:
     """All that is printed."""
+    from resist_ds.engines.timetable import mean_local_steps
     from resist_ds.forecast.advice import advice
     from resist_ds.forecast.traffic import DEALS
 
     question, config = plan.question, plan.question.config
     blueprint = question.blueprint
+    length = f"{config.local_steps} local steps a round"
+    if config.local_steps_max is not None:
+        length = (
+            f"{config.local_steps} to {config.local_steps_max} local steps a round, "
+            f"{mean_local_steps(config):.1f} in the mean by --schedule {config.schedule}"
+        )
     lines = [
         f"predicted for {blueprint.name}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of "
         f"P = {blueprint.pool} blocks, {blueprint.num_classes} classes, "
         f"{question.img_size}×{question.img_size} pixels",
-        f"{config.batch_size} images per worker and step, {config.local_steps} local steps a round, "
+        f"{config.batch_size} images per worker and step, {length}, "
         f"{config.optimizer}, optimizer state: {config.optimizer_state}, "
         f"mixed precision: {config.mixed_precision}, {question.device}",
     ]

@@ -8,7 +8,6 @@ machine, for every number of ranks and loader processes, and under every version
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -112,16 +111,11 @@ class Order:
         # A copy, so that nobody holds a view of the cached permutation.
         return epoch, _permutation(self.seed, epoch, self.samples)[start : start + self.batch_size].copy()
 
-    def after(self, rounds: int, local_steps: int) -> Position:
-        """Where the run is when `rounds` more than the start's, of `local_steps` each, are done."""
-        step = self.start.step + rounds * local_steps
-        samples = self.start.samples + rounds * local_steps * self.workers * self.batch_size
+    def after(self, rounds: int, steps: int) -> Position:
+        """Where the run is when `rounds` more than the start's are done, which have `steps` local steps."""
+        samples = self.start.samples + steps * self.workers * self.batch_size
+        step = self.start.step + steps
         return Position(self.start.round + rounds, step, samples, *self._place(step))
-
-    def rounds(self, epochs: float, local_steps: int) -> int:
-        """Number of rounds, those before the start included, after which all have seen `epochs` passes."""
-        left = Fraction(str(epochs)) * self.samples - self.start.samples
-        return self.start.round + max(0, math.ceil(left / (local_steps * self.workers * self.batch_size)))
 
     def _place(self, step: int) -> tuple[int, int]:
         """(epoch, offset into its permutation) at which a local step begins."""

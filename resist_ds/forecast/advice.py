@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from resist_ds.engines.timetable import mean_local_steps
 from resist_ds.forecast.plan import Plan, Prediction, Question
 from resist_ds.forecast.traffic import sent_per_round, sent_per_step
 
@@ -81,7 +82,7 @@ def _relative(question: Question, workers: int, slots: int) -> str:
 def _local_steps(question: Question, chosen: Prediction, batch: int) -> tuple[int, str]:
     """ℓ, and why."""
     if chosen.computation is not None:
-        step = chosen.computation / question.config.local_steps
+        step = chosen.computation / mean_local_steps(question.config)
         # c ≤ s(c + ℓt)
         steps = math.ceil((1 / COMMUNICATION_SHARE - 1) * chosen.communication / step)
         share = chosen.communication / (chosen.communication + max(1, steps) * step)

@@ -7,6 +7,7 @@ residual block and on the root. One worker per rank everywhere. No communication
 
 from dataclasses import dataclass, replace
 
+from resist_ds.engines.timetable import mean_local_steps
 from resist_ds.errors import UserError
 from resist_ds.forecast.footprint import Device, Footprints, count_once
 from resist_ds.forecast.memory import memory_of
@@ -114,7 +115,8 @@ class Plan:
         least = min(map(question.slots, question.workers))
         self._footprints: dict[tuple[bool, bool], Footprints] = {}
         for checkpointing in (False, True):
-            config = replace(question.config, activation_checkpointing=checkpointing)
+            # The length of rounds is not for ddp, and for no footprint.
+            config = replace(question.config, activation_checkpointing=checkpointing, local_steps_max=None)
             place = (least, question.img_size, question.device)
             alone = Footprints(question.blueprint, replace(config, strategy="resist"), *place)
             lockstep = alone
@@ -153,15 +155,16 @@ class Plan:
         full = self._footprints[lockstep, False].usage(blueprint.pool, batch)
 
         memory = memory_of(strategy, workers, slots, usage, blueprint, config, question.device)
+        steps = mean_local_steps(config)
         if strategy in ("resist", "local_sgd"):
             sent_round = sent_per_round(blueprint, config, workers, slots)
-            sent_step = sent_round / config.local_steps
+            sent_step = sent_round / steps
         else:
             sent_step = sent_per_step(strategy, blueprint, config, workers)
-            sent_round = sent_step * config.local_steps
+            sent_round = sent_step * steps
         seconds = None
         if question.speed:
-            seconds = usage.multiply_adds * config.local_steps / question.speed
+            seconds = usage.multiply_adds * steps / question.speed
         return Prediction(
             strategy=strategy,
             workers=workers,

@@ -96,6 +96,12 @@ class Config:
         free=True,
     )
     local_steps: int = option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
+    local_steps_max: int | None = option(
+        None,
+        "Rounds grow from local_steps to so many as the learning rate falls, with the square of its inverse; "
+        "null: all are alike.",
+        low=1,
+    )
     overlap_steps: int = option(
         0,
         "Local steps at the end of a round behind which its synchronisation runs: blocks are final by then, "
@@ -305,6 +311,7 @@ class Config:
             raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
         self._check_strategy()
         self._check_exchange()
+        self._check_rounds()
         if not self.resume:
             raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
         if self.from_pretrained == "":
@@ -380,6 +387,26 @@ class Config:
             raise UserError(
                 "--overlap_steps is not for --deepspeed_config, whose engines train all that they hold: type "
                 "--overlap_steps 0"
+            )
+
+    def _check_rounds(self) -> None:
+        """What is typed of the rounds' length, against the rest."""
+        if self.local_steps_max is None:
+            return
+        if not self.way.averages:
+            raise UserError(
+                f"--local_steps_max is for --strategy resist and local_sgd, not for {self.strategy}, whose "
+                "rounds are no more than the steps between two records"
+            )
+        if self.local_steps_max < self.local_steps:
+            raise UserError(
+                f"--local_steps_max is {self.local_steps_max}: type at least {self.local_steps}, "
+                "--local_steps, or fewer of those"
+            )
+        if self.schedule == "deepspeed":
+            raise UserError(
+                "--local_steps_max follows --schedule step or cosine: DeepSpeed's has a warm-up of its own "
+                "and ends by steps"
             )
 
     @property

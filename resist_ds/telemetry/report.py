@@ -16,6 +16,7 @@ import torch
 from resist_ds import __version__
 from resist_ds.comm import Comm
 from resist_ds.data.datasets import Data
+from resist_ds.engines.timetable import Timetable
 from resist_ds.forecast.footprint import Device
 from resist_ds.forecast.plan import expected
 from resist_ds.forecast.traffic import sent_per_round
@@ -38,7 +39,7 @@ class Job:
     layout: Layout
     blueprint: Blueprint
     data: Data
-    rounds: int
+    timetable: Timetable
 
     def settings(self) -> dict[str, Any]:
         """Every option, what was derived from them, versions and commit, for the tracker and the summary.
@@ -54,7 +55,7 @@ class Job:
             "R": self.layout.ranks,
             "K": slots_for(self.layout.workers, pool, self.config.least_blocks(pool)),
             "P": pool,
-            "total_rounds": self.rounds,
+            "total_rounds": self.timetable.rounds,
             "device": self.comm.device.type,
             "backend": self.comm.backend,
             "versions": versions | {name: _version(name) for name in packages},
@@ -84,11 +85,10 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"who plays whom: {'; '.join(plays)}{more}",
         f"device: {_device(comm)}, {_count(config.cpu_threads, 'CPU thread')} per rank, "
         f"{'exchange over ' + comm.backend if comm.size > 1 else 'nothing to send'}",
-        f"{_count(job.rounds, 'round')} of {_count(config.local_steps, 'local step')} × "
+        f"{_count(job.timetable.rounds, 'round')} of {_length(job.timetable)} × "
         f"{_count(config.batch_size, 'image')} per worker",
     ]
-    rounds = job.rounds - start.position.round
-    steps = rounds * config.local_steps * len(layout.workers_of(comm.rank))
+    steps = (job.timetable.end.step - start.position.step) * len(layout.workers_of(comm.rank))
     if steps > SHORT and (predicted := _predicted(job, slots, deal.slots)):
         lines.append(predicted)
     if start.folder:
@@ -264,6 +264,14 @@ def _megabytes(count: float) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _length(timetable: Timetable) -> str:
+    """Of a round, in local steps."""
+    fewest, most = timetable.config.local_steps, timetable.config.local_steps_max
+    if most is None:
+        return _count(fewest, "local step")
+    return f"{fewest} to {_count(most, 'local step')}, {timetable.mean:.1f} in the mean,"
 
 
 def _span(workers: Sequence[int]) -> str:

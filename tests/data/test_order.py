@@ -17,6 +17,7 @@ from torch import Tensor
 from resist_ds.comm import Comm
 from resist_ds.data.order import Order, Position
 from resist_ds.engines.rates import Rates
+from resist_ds.engines.timetable import Timetable
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateDict, StateLayout, Worker
@@ -47,13 +48,18 @@ def orders(draw: Any) -> Order:
     seed, samples = draw(st.integers(0, 2**63 - 1)), draw(st.integers(MOST, 150))
     order = Order(seed, samples, *draw(crews()))
     for rounds in draw(st.lists(st.integers(0, 20), max_size=2)):
-        order = Order(seed, samples, *draw(crews()), order.after(rounds, draw(LOCAL_STEPS)))
+        order = gone_on(order, rounds, draw(LOCAL_STEPS))
+        order = Order(seed, samples, *draw(crews()), order.start)
     return order
 
 
 def gone_on(order: Order, rounds: int, local_steps: int) -> Order:
     """The order of the same run, resumed when it has done `rounds` more."""
-    return replace(order, start=order.after(rounds, local_steps))
+    return replace(order, start=order.after(rounds, rounds * local_steps))
+
+
+def timetable(order: Order, local_steps: int, epochs: float) -> Timetable:
+    return Timetable(Config(local_steps=local_steps, epochs=epochs), order)
 
 
 def permutation(order: Order, epoch: int) -> list[int]:
@@ -80,28 +86,28 @@ def test_a_run_that_is_cut_goes_on_with_the_same_batches(order: Order, cuts: lis
     part = order
     for cut in sorted(cuts):
         part = gone_on(part, cut - (part.start.round - order.start.round), local)
-        assert part.start == order.after(cut, local)
+        assert part.start == order.after(cut, cut * local)
         steps = range(part.start.step, part.start.step + 2 * order.steps_per_epoch + 1)
         assert dealt(part, steps) == dealt(order, steps)
         for more in range(4):
-            assert part.after(more, local) == order.after(cut + more, local)
+            assert part.after(more, more * local) == order.after(cut + more, (cut + more) * local)
 
 
 @given(orders(), LOCAL_STEPS)
 def test_after_no_round_a_run_is_where_it_started_or_in_the_next_epoch(order: Order, local: int) -> None:
     start, each = order.start, order.workers * order.batch_size
     if order.samples - start.offset >= each:
-        assert order.after(0, local) == start
+        assert order.after(0, 0) == start
     else:
-        assert order.after(0, local) == replace(start, epoch=start.epoch + 1, offset=0)
-    assert order.after(0, local) == gone_on(order, 0, local).after(0, local)
+        assert order.after(0, 0) == replace(start, epoch=start.epoch + 1, offset=0)
+    assert order.after(0, 0) == gone_on(order, 0, local).after(0, 0)
 
 
 @given(orders(), st.integers(0, 20), LOCAL_STEPS, crews())
 def test_other_workers_deal_the_rest_of_the_epoch_first_and_in_order(
     before: Order, rounds: int, local: int, crew: tuple[int, int]
 ) -> None:
-    position = before.after(rounds, local)
+    position = before.after(rounds, rounds * local)
     order = Order(before.seed, before.samples, *crew, position)
     each = order.workers * order.batch_size
     rest = permutation(order, position.epoch)[position.offset :]
@@ -131,7 +137,7 @@ def test_however_often_the_workers_change_no_epoch_deals_a_sample_twice(
         for epoch, together in dealt(order, range(position.step, position.step + rounds * local)):
             seen.update((epoch, sample) for sample in together)
             images += len(together)
-        position = order.after(rounds, local)
+        position = order.after(rounds, rounds * local)
     assert set(seen.values()) <= {1}
     assert position.samples == images
     assert position.round == sum(rounds for _, rounds in legs) and position.step == position.round * local
@@ -141,18 +147,18 @@ def test_however_often_the_workers_change_no_epoch_deals_a_sample_twice(
 def test_a_cut_does_not_change_how_many_rounds_the_epochs_take(
     order: Order, local: int, epochs: float, draw: st.DataObject
 ) -> None:
-    rounds = order.rounds(epochs, local)
+    rounds = timetable(order, local, epochs).rounds
     wanted = Fraction(str(epochs)) * order.samples
     more = rounds - order.start.round
-    assert order.after(more, local).samples >= wanted
-    assert more == 0 or order.after(more - 1, local).samples < wanted
+    assert order.after(more, more * local).samples >= wanted
+    assert more == 0 or order.after(more - 1, (more - 1) * local).samples < wanted
     part = order
     for _ in range(3):
         left = rounds - part.start.round
         part = gone_on(part, draw.draw(st.integers(0, left)), local)
-        assert part.rounds(epochs, local) == rounds
+        assert timetable(part, local, epochs).rounds == rounds
     beyond = gone_on(part, rounds - part.start.round + 2, local)
-    assert beyond.rounds(epochs, local) == beyond.start.round
+    assert timetable(beyond, local, epochs).rounds == beyond.start.round
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,12 +184,12 @@ def test_a_run_that_is_cut_goes_on_with_the_same_learning_rates(
         lr=0.1,
         **length,
     )
-    rounds = config.rounds or order.rounds(config.epochs, local)
+    rounds = Timetable(config, order).rounds
     assume(rounds > order.start.round)
     cut = draw.draw(st.integers(order.start.round, rounds - 1))
     rest = gone_on(order, cut - order.start.round, local)
-    assert (config.rounds or rest.rounds(config.epochs, local)) == rounds
-    whole, part = (Rates(config, which, rounds) for which in (order, rest))
+    assert Timetable(config, rest).rounds == rounds
+    whole, part = (Rates(config, Timetable(config, which)) for which in (order, rest))
     for round in range(cut, min(cut + 5, rounds)):
         rates = whole.of(round)
         assert [rate.hex() for rate in part.of(round)] == [rate.hex() for rate in rates]

@@ -360,6 +360,22 @@ def test_local_steps_are_the_fewest_that_the_link_allows(paper: Plan) -> None:
         assert (ours.communication / (ours.communication + local) <= 0.1) == enough
 
 
+def test_rounds_that_grow_count_by_their_mean(paper: Plan) -> None:
+    """At 1, 1/10 and 1/100 of the rate for 1/2, 1/4 and 1/4 of the images: 5, 50 and 50 local steps."""
+    timed = plan_like(paper, speed=1e13)
+    growing = plan_like(timed, config=replace(paper.question.config, local_steps=5, local_steps_max=50))
+    alike = plan_like(timed, config=replace(paper.question.config, local_steps=5))
+    for strategy in ("resist", "ddp"):
+        found, plain = growing.predict(strategy, 8), alike.predict(strategy, 8)
+        mean = 1 / (0.5 / 5 + 0.5 / 50)
+        assert found.computation is not None and plain.computation is not None
+        assert found.computation / plain.computation == pytest.approx(mean / 5)
+        longer, fewer = (mean / 5, 1) if strategy == "ddp" else (1, 5 / mean)
+        assert found.sent_round / plain.sent_round == pytest.approx(longer)
+        assert found.sent_step / plain.sent_step == pytest.approx(fewer)
+    assert advised(plan_like(growing, memory=1e11)) == advised(plan_like(timed, memory=1e11))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The tool
 
@@ -382,9 +398,10 @@ def call(
 
 def test_what_is_printed_is_what_is_written(call: Any, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    asked = ("preact_resnet_small", "--workers", "4,2,4", "--batch_size", "8")
+    asked = ("preact_resnet_small", "--workers", "4,2,4", "--batch_size", "8", "--local_steps_max", "500")
     done = call(*asked, "--flops", "10tflops", "--json", file)
     assert (done.code, done.err) == (0, "")
+    assert ", 50 to 500 local steps a round, 90.9 in the mean by --schedule step, " in done.out
     written = json.loads(file.read_text())
     rows = written["rows"]
     assert len(rows) == 2 * 7 * 2 and written["predicted"] is True
@@ -418,6 +435,7 @@ GOOD = ("preact_resnet_small", "--workers", "2", "--batch_size", "8")
         ((*GOOD, "--img_size", "0"), "--img_size is 0"),
         ((*GOOD, "--num_classes", "0"), "--num_classes is 0"),
         ((*GOOD, "--min_blocks", "9"), "--min_blocks 9 is more than preact_resnet_small has: type at most 8"),
+        ((*GOOD, "--local_steps_max", "9"), "--local_steps_max is 9: type at least 50, --local_steps"),
         ((*GOOD, "--bandwidth", "10"), "--bandwidth is '10': type a number above 0 and a unit (kbit, mbit"),
         ((*GOOD, "--bandwidth", "10gib"), "--bandwidth is '10gib'"),
         ((*GOOD, "--memory", "0gib"), "--memory is '0gib'"),

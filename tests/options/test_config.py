@@ -186,8 +186,8 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--local_stps 3", "unknown option --local_stps (did you mean --local_steps?)"),
-        ("--local-stps=3", "unknown option --local-stps (did you mean --local_steps?)"),
+        ("--local_stps 3", "unknown option --local_stps (did you mean --local_steps or --local_steps_max"),
+        ("--local-stps=3", "unknown option --local-stps (did you mean --local_steps or --local_steps_max"),
         ("--accumulation 3", "unknown option --accumulation (did you mean --accumulation_steps?)"),
         ("--act true", "unknown option --act (did you mean --activation_checkpointing?)"),
         ("--work 3", "unknown option --work (did you mean --workers"),  # no silent abbreviations
@@ -240,6 +240,15 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
         ("--download --dataset imagenet --data_dir x", "--download cannot fetch imagenet"),
         ("--dtype float64 --mixed_precision fp16", "type --mixed_precision no"),
         ("--warmup_rounds 3 --rounds 2", "type at most 2"),
+        (
+            "--local_steps_max 49",
+            "--local_steps_max is 49: type at least 50, --local_steps",
+        ),
+        ("--local_steps_max 99 --strategy ddp", "--local_steps_max is for --strategy resist and local_sgd"),
+        (
+            "--local_steps_max 99 --strategy stochastic_depth --min_blocks 1",
+            "resist and local_sgd, not for stochastic_depth",
+        ),
         ("--betas 0.9", "--betas is '0.9': type two numbers, at least 0 and below 1, such as 0.9,0.999"),
         ("--betas 0.9,0.99,0.999", "--betas is '0.9,0.99,0.999': type two numbers"),
         ("--betas 0.9,1", "--betas is '0.9,1': type two numbers"),
@@ -261,7 +270,7 @@ LEAST = dict(
     min_blocks=0, warmup_rounds=0, transit_mib=1, batch_size=1, accumulation_steps=1, rounds=1, lr=0,
     momentum=0, weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0,
     eval_every=0, eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0,
-    checkpoint_minutes=0, keep=1, grace=0, seed=0, eps=0,
+    checkpoint_minutes=0, keep=1, grace=0, seed=0, eps=0, local_steps_max=1,
 )  # fmt: skip
 
 
@@ -269,7 +278,7 @@ def test_every_number_has_its_limit():
     numbers = {f.name for f in dataclasses.fields(Config) if str(f.type).split(" |")[0] in ("int", "float")}
     assert numbers == {*LEAST, "epochs"}
     for name, least in LEAST.items():
-        kind = {"optimizer": "adamw"} if name == "eps" else {}
+        kind = {"eps": {"optimizer": "adamw"}, "local_steps_max": {"local_steps": 1}}.get(name, {})
         assert getattr(Config(**{name: least}, **kind), name) == least
         for wrong in (least - 1, math.nan, math.inf, -math.inf):
             with pytest.raises(UserError, match=f"^--{name} is .*: type a finite number, at least {least}"):
@@ -305,6 +314,8 @@ def test_good_combinations_stay_good():
     Config(dataset="synthetic", dtype="float64", mixed_precision="no")
     Config(warmup_rounds=2, rounds=2)  # local SGD from beginning to end: the baseline
     Config(warmup_rounds=2)
+    Config(local_steps=5, local_steps_max=5)
+    Config(local_steps=5, local_steps_max=50, strategy="local_sgd", schedule="cosine")
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,12 @@ def test_all_flags_that_say_otherwise_are_named_at_once(tmp_path: Path) -> None:
     )
 
 
+def test_rounds_do_not_grow_by_a_scheduler_of_the_file(tmp_path: Path) -> None:
+    params = {"warmup_num_steps": 3}
+    said = refusal(tmp_path, {"scheduler": {"type": "WarmupLR", "params": params}}, "--local_steps_max=99")
+    assert said.startswith("--local_steps_max follows --schedule (FILE: scheduler.type) step or cosine")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

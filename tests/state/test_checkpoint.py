@@ -67,6 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "lr": 1e-3, "lr_warmup_steps": 5, "channels_last": True},
     "fp16": {"mixed_precision": "fp16", "lr": 0.01},
     "warm-up": {"warmup_rounds": 3, "min_blocks": 3, "workers": 3},
+    "longer rounds": {"rounds": None, "epochs": 0.3, "local_steps_max": 6},  # 2, 2, 2, 3, 6, 6 local steps
 }
 
 
@@ -304,6 +305,24 @@ def test_the_learning_rate_goes_on_under_rounds_too(ranks: Ranks, tmp_path: Path
         shutil.rmtree(tmp_path / "checkpoints" / name)
     ranks(train, 1, {**options, "workers": 6, "resume": "auto"})
     assert [line["lr"] for line in loss_log(tmp_path) if line["kind"] == "round"] == whole
+
+
+def test_rounds_go_on_growing_from_the_images_seen(ranks: Ranks, tmp_path: Path) -> None:
+    """Two rounds by four workers, the rest by two, who take more of them for as many images."""
+    options = {**KINDS["longer rounds"], "local_steps": 3, "local_steps_max": 20, "output_dir": str(tmp_path)}
+    ranks(train, 1, options)
+    for name in checkpoints(tmp_path)[2:]:
+        shutil.rmtree(tmp_path / "checkpoints" / name)
+    ranks(train, 1, {**options, "workers": 2, "resume": "auto"})
+    rounds = [line for line in loss_log(tmp_path) if line["kind"] == "round"]
+    samples, steps = 0, []
+    for number, line in enumerate(rounds):
+        rate = np.cos(np.pi / 2 * samples / (0.3 * 2048)) ** 2  # where the round begins, over the peak
+        steps.append(line["train/local_steps"])
+        assert steps[-1] == min(20, int(3 / rate**2))
+        samples += steps[-1] * 8 * (4 if number < 2 else 2)
+        assert (line["samples_seen"], line["global_step"]) == (samples, sum(steps))
+    assert samples >= 0.3 * 2048 > samples - steps[-1] * 16 and steps == [3, 3, 4, 7, 20]
 
 
 # ------------------------------------------------------------------------------------------------------------

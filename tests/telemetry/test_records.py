@@ -306,7 +306,7 @@ def opening(comm: Comm, options: dict[str, Any], images_on: str = "cpu") -> str:
     report.expected = plan.expected  # see tests/warm.py
     trainer = Trainer(comm, Config(**options))
     data = trainer.data.placed(torch.device(images_on), 1024)
-    facts = (trainer.config, comm, trainer.net.layout, trainer.net.blueprint, data, trainer.rounds)
+    facts = (trainer.config, comm, trainer.net.layout, trainer.net.blueprint, data, trainer.timetable)
     return report.opening(report.Job(*facts), trainer.net.deal, trainer.start)
 
 
@@ -410,3 +410,9 @@ def threads_beside_accelerate(comm: Comm, options: dict[str, Any]) -> int:
 def test_accelerate_leaves_the_threads_as_they_were_set(ranks: Ranks, tmp_path: Path) -> None:
     options = OPTIONS | {"cpu_threads": 3, "output_dir": str(tmp_path), "log_with": "tensorboard"}
     assert ranks(threads_beside_accelerate, 2, options) == [3, 3]
+
+
+def test_rounds_that_grow_are_announced_with_their_mean(ranks: Ranks, tmp_path: Path) -> None:
+    (text,) = ranks(opening, 1, OPTIONS | {"output_dir": str(tmp_path), "local_steps_max": 9})
+    # ⌊2 / rate²⌋ at 1, 3/4 and 1/4 of the peak
+    assert "\n3 rounds of 2 to 9 local steps, 4.7 in the mean, × 8 images per worker\n" in text

@@ -33,6 +33,7 @@ FIXED: dict[str, Any] = {
     "download": False,
     "num_classes": None,
     "warmup_rounds": 0,
+    "local_steps_max": None,
     "eval_every": 0,
     "calibration_samples": 32,
     "checkpoint_every": 0,
