@@ -1,6 +1,6 @@
 """Groups of pieces that travel in a code: what is written, averaged and read of them. No communication.
 
-A holder writes, the owner reads what the others have written and takes the mean, and rounds it in place: it
+A holder writes, the owner reads what the others have written and takes the mean; when it hands that on, it
 keeps what the others will read. Of shared's parameters travel the differences from a reference that all
 workers agree on, and what rounding takes from them is kept, and added the next time.
 """
@@ -51,12 +51,22 @@ class Coder:
         """Write [lo, hi) of what a worker has of a piece into `room`.
 
         Args:
-            stage: "aggregate", or "hand_off": then it has been rounded in place, and is written as it is.
+            stage: "aggregate"; or "hand_off": then the worker keeps what the others will read.
         """
         values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
-        noise = Noise(deal.draw, stage, piece, worker) if stage == "aggregate" else None
+        noise = Noise(deal.draw, stage, piece, worker)
         for at, part in self._parts(values):
-            self._put(room, at, self._encode(part, noise, lo + at))
+            written = self._encode(part, noise, lo + at)
+            self._put(room, at, written)
+            if stage == "hand_off":
+                values[at : at + len(part)].copy_(self.code.decode(written, len(part)), non_blocking=True)
+
+    def keep(
+        self, vectors: Mapping[int, Tensor], deal: Partition, piece: int, owner: int, lo: int, hi: int
+    ) -> None:
+        """Hand a piece on to nobody: its owner keeps it where it is, as others would read it."""
+        room = torch.empty(self.code.nbytes(hi - lo), dtype=torch.uint8, device=self._device)
+        self.write(vectors, deal, piece, owner, lo, hi, "hand_off", room)
 
     def average(
         self,
@@ -69,17 +79,17 @@ class Coder:
         lo: int,
         hi: int,
     ) -> None:
-        """Leave the mean over `holders`, in their order, with the owner, rounded.
+        """Leave the mean over `holders`, in their order, with the owner.
 
         The owner's own values are as they are. In float32: what can be written has so few bits that the mean
         of n equal values keeps them all.
         """
+        if tuple(holders) == (owner,):
+            return
         out = self.group.slice(vectors[owner], piece, owner, deal, lo, hi)
-        noise = Noise(deal.draw, "hand_off", piece, owner)
         for at, own in self._parts(out):
             mean = self._mean(own, piece, owner, holders, parcels, at)
-            written = self._encode(mean, noise, lo + at)
-            out[at : at + len(own)].copy_(self.code.decode(written, len(own)), non_blocking=True)
+            out[at : at + len(own)].copy_(mean, non_blocking=True)
 
     def place(
         self,
@@ -105,10 +115,10 @@ class Coder:
         total: Tensor | None = None
         for worker in holders:
             part = own if worker == owner else self._read(parcels[piece, worker], at, len(own))
-            total = part if total is None else total + part
+            total = part if total is None else torch.add(total, part, out=None if total is own else total)
         assert total is not None
         # By a tensor: by a number a GPU multiplies by its reciprocal, which may miss the last bit.
-        return total / total.new_full((), len(holders))
+        return torch.div(total, total.new_full((), len(holders)), out=None if total is own else total)
 
     def _encode(self, values: Tensor, noise: Noise | None, start: int) -> Tensor:
         """Written values; `start`: of the first in its piece."""
@@ -175,13 +185,13 @@ class Differences(Coder):
         values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
         reference, error = self._kept(worker, piece, lo, len(values))
         for at, change in self._parts(error):
+            span = slice(at, at + len(change))
             if stage == "aggregate":
-                span = slice(at, at + len(change))
-                change = self._here(values[span]) - self._here(reference[span]) + change
+                change = torch.sub(self._here(values[span]), self._here(reference[span])).add_(change)
             written = self.code.encode(change)
             self._put(room, at, written)
-            rest = change - self.code.decode(written, len(change))
-            error[at : at + len(change)].copy_(rest, non_blocking=True)
+            read = self.code.decode(written, len(change))
+            error[span].copy_(torch.sub(change, read, out=read), non_blocking=True)
 
     def average(
         self,
@@ -216,9 +226,10 @@ class Differences(Coder):
         for (piece, _), parcel in parcels.items():
             for at in range(0, self.group.length(piece, lo, hi), CHUNK):
                 change = self._read(parcel, at, min(CHUNK, self.group.length(piece, lo, hi) - at))
+                new: Tensor | None = None
                 for worker in self._mine:
                     reference, _ = self._kept(worker, piece, lo + at, len(change))
-                    new = self._here(reference) + change
+                    new = change.add_(self._here(reference)) if new is None else new  # all agree on it
                     reference.copy_(new, non_blocking=True)
                     place = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
                     place[at : at + len(change)].copy_(new, non_blocking=True)

@@ -138,9 +138,17 @@ class Synchroniser:
             # Where a chunk of shared goes, nothing is left that must leave: it arrives in its place. Where a
             # block goes, another may still lie: it waits in the buffer until this slice of all has left.
             places = then if group.of == "shared" else None
+            moving = {move.piece for move in moves}
+            mine = [
+                (piece, owner)
+                for piece, owner in enumerate(now.owners)
+                if group.of == "blocks" and owner in self._mine and piece not in moving
+            ]
             for lo, hi in self._slices(group, moves, vectors):
                 arrived = self._exchange(group, moves, vectors, now, lo, hi, "hand_off", places)
                 if coder is not None:
+                    for piece, owner in mine:
+                        coder.keep(vectors, now, piece, owner, lo, hi)
                     coder.place(vectors, then, moves, arrived, lo, hi)
                     continue
                 for move in (m for m in moves if (m.piece, m.source) in arrived):

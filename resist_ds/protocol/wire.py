@@ -98,10 +98,11 @@ def _shared(place: Tensor) -> Tensor:
 class _Int8(_Scaled):
     def _write(self, rows: Tensor, place: Tensor) -> None:
         # 17 bits of the step's 24: 127 steps are then a float32 again, whose 127th part is this step.
-        step = (rows.abs().amax(1) / 127).view(torch.int32).add_(127).bitwise_and_(-128).view(torch.float32)
+        size = rows.abs()
+        step = (size.amax(1) / 127).view(torch.int32).add_(127).bitwise_and_(-128).view(torch.float32)
         inverse = torch.where(step >= TINY, 1 / step, 0)
         step = torch.where(step >= TINY, step, 0)
-        place[:, :-SCALE].view(torch.int8).copy_((rows * inverse[:, None]).round_())
+        place[:, :-SCALE].view(torch.int8).copy_(torch.mul(rows, inverse[:, None], out=size).round_())
         place[:, -SCALE:] = step[:, None].view(torch.uint8)
 
     def _read(self, place: Tensor, rows: Tensor) -> None:
