@@ -47,6 +47,7 @@ ALL = {"clip_grad": 1.0, "accumulation_steps": 2, "activation_checkpointing": Tr
 BF16 = {"mixed_precision": "bf16", "channels_last": True}
 ADAMW = {"optimizer": "adamw", "lr": 1e-3}
 FP16 = {"mixed_precision": "fp16"}
+BEHIND = {"wire": "compact", "overlap_steps": 1, "rounds": 3, "eval_every": 0, "checkpoint_every": 0}
 HOST = {"gpu_cache_mib": 0}  # images wait in the host's memory
 RUNS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     "one worker": (ALONE, {"workers": 1}),
@@ -57,12 +58,17 @@ RUNS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     "a GPU each, AdamW, fp16, clipped": (EACH, {"workers": 4, "clip_grad": 1.0} | ADAMW | FP16),
     "one GPU, clipped, accumulated, checkpointed": (SHARED, {"workers": 4} | ALL | HOST),
     "one GPU, fp16": (SHARED, {"workers": 2} | FP16),
+    "one rank, compact, exchange behind steps": (ALONE, {"workers": 2} | BEHIND),
+    "a GPU each, compact, exchange behind steps": (EACH, {"workers": 2} | BEHIND),
+    "one GPU, compact, exchange behind steps": (SHARED, {"workers": 2} | BEHIND),
     "ddp": (EACH, {"workers": 2, "strategy": "ddp"}),
     "fsdp": (EACH, {"workers": 2, "strategy": "fsdp"}),
     "zero3": (EACH, {"workers": 2, "strategy": "zero3"}),
 }
 IN_FP32 = [name for name, (_, o) in RUNS.items() if "mixed_precision" not in o and "strategy" not in o]
 TWINS = {  # what trains the same on other ranks
+    "a GPU each, compact, exchange behind steps": "one rank, compact, exchange behind steps",
+    "one GPU, compact, exchange behind steps": "one rank, compact, exchange behind steps",
     "a GPU each, bf16, channels_last": "one rank, bf16, channels_last",
     "a GPU each, AdamW, fp16, clipped": "one rank, AdamW, fp16, clipped",
 }
