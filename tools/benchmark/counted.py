@@ -25,14 +25,15 @@ def facts(comm: Comm, configs: Mapping[str, Sequence[Config]]) -> dict[str, Any]
 
     Returns:
         "pool", "parameters", and in "strategies" of each "slots", "parameters", "multiply_add_share" (of the
-        full net's), "held_bytes" (`held_bytes`) and "moved_bytes" (`moved_bytes`, of each repeat).
+        full net's), "held_bytes" (`held_bytes`) and "moved_bytes" (`moved_bytes`, of each repeat; None of a
+        wire that writes less than the bits themselves).
     """
     config = next(iter(configs.values()))[0]
     blueprint = Blueprint(config.model, CLASSES)
-    full = multiply_adds(blueprint, blueprint.pool, config)
     found = {}
     for strategy, repeats in configs.items():
         config = repeats[0]
+        full = multiply_adds(blueprint, blueprint.pool, config)  # of its batch and image size
         assert config.workers is not None
         slots = blueprint.pool
         if config.way.partitions:
@@ -42,7 +43,9 @@ def facts(comm: Comm, configs: Mapping[str, Sequence[Config]]) -> dict[str, Any]
             "parameters": blueprint.parameters_held(slots),
             "multiply_add_share": multiply_adds(blueprint, slots, config) / full,
             "held_bytes": held_bytes(blueprint, config, slots),
-            "moved_bytes": [moved_bytes(blueprint, config) for config in repeats],
+            "moved_bytes": [
+                moved_bytes(blueprint, config) if config.wire == "exact" else None for config in repeats
+            ],
         }
     return {"pool": blueprint.pool, "parameters": blueprint.parameters, "strategies": found}
 
