@@ -29,7 +29,7 @@ from resist_ds.options.config import Config
 from tests import ROOT
 from tests.conftest import _CONTEXT
 from tools import bench
-from tools.benchmark import link, peers, photos, ranks, tables, variants
+from tools.benchmark import counted, link, peers, photos, ranks, tables, variants
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 ranks_needed = pytest.mark.ranks
@@ -210,6 +210,9 @@ def test_a_variant_says_what_travels_and_when() -> None:
     config = _config("--wire=compact", "--overlap_steps=2")
     found = variants.read_all("resist,resist:wire=exact:overlap_steps=0,ddp,torchft_local_sgd", config, 2)
     assert [(v.config.wire, v.config.overlap_steps) for v in found] == [("compact", 2), *[("exact", 0)] * 3]
+    # A round more, behind whose steps nothing hides, since an evaluation follows.
+    assert [v.config.rounds for v in found] == [3, 2, 2, 2]
+    assert [counted.measured_rounds(v.config) for v in found] == [range(1, 2)] * 4
 
 
 def test_names_of_variants_are_good_for_files() -> None:

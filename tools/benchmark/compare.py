@@ -158,7 +158,7 @@ def _run_peer(plan: Plan, variant: Variant, repeat: int) -> dict[str, Any] | str
         raise
     except RunError as error:
         return str(error)
-    rounds = len(counted.measured_rounds(config.rounds))
+    rounds = len(counted.measured_rounds(config))
     seconds, steps = max(rank["seconds"] for rank in told), [rank["step_s"] for rank in told]
     sent = None if plan.network is None else sum(rank["wire"] for rank in told) / rounds
     step = None if None in steps else max(steps)
@@ -218,7 +218,7 @@ def read(folder: Path, config: Config, baselines: Sequence[int], ranks: int) -> 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kinds = {kind: [r for r in records if r["kind"] == kind] for kind in ("round", "eval", "checkpoint")}
     every = kinds["round"]
-    counts = counted.measured_rounds(len(every))
+    counts = counted.measured_rounds(config)
     rounds = [every[i] for i in counts]
     assert config.workers is not None
     before = every[counts.start - 1]["samples_seen"] if counts.start else 0

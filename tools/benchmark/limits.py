@@ -36,8 +36,7 @@ def bare(comm: Comm, config: Config, slots: int, sent: float, once_a_round: bool
     Args:
         slots: K of the strategy.
         sent: bytes of one of its exchanges, over all ranks.
-        once_a_round: whether an exchange is an exchange plan's: its messages, of the exact wire, are then
-            sent barely, too.
+        once_a_round: whether an exchange is an exchange plan's: its messages are then sent barely, too.
 
     Returns:
         "loop", "full_loop": a step of a plain net of the strategy's shape, and of the full net; "all_reduce":
@@ -51,7 +50,7 @@ def bare(comm: Comm, config: Config, slots: int, sent: float, once_a_round: bool
     del loops
     times = {"loop": each[0], "full_loop": each[-1]}
     (times["all_reduce"],) = _timed(comm, [_all_reduce(comm, sent)], EXCHANGES)
-    if once_a_round and config.wire == "exact":
+    if once_a_round:
         (times["messages"],) = _timed(comm, [Exchange(comm, config).bare], EXCHANGES)
     return times
 
@@ -145,6 +144,8 @@ class Exchange:
             blueprint.pool,
             budget=config.transit_mib << 20,
             travel=self.travel,
+            compact=config.wire == "compact",
+            vectors=self.crew.vectors,
         )
         self._calls: list[tuple[Any, Any]] = []
         exchange = comm.exchange

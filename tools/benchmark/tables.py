@@ -117,7 +117,7 @@ def limit_of(raw: Raw, run: Raw, key: str) -> float | None:
         "samples_per_s": images / seconds,
         "local_step_s": loop,
         "sync_s": exchange_of(run),
-        "bytes_step": moved and moved / steps,
+        "bytes_step": moved / steps,
         "bytes_round": moved,
         "peak_train_bytes": facts["held_bytes"],
         "peak_eval_bytes": facts["held_bytes"],
@@ -156,7 +156,6 @@ def markdown(raw: Raw, summary: Summary) -> str:
     lines += ["", "## Limits", ""]
     for strategy, of in facts["strategies"].items():
         per = "a round" if raw["variants"][strategy]["once_a_round"] else "a step"
-        moved = [size for size in of["moved_bytes"] if size is not None]
         held = f"{of['held_bytes'] / (1 << 20):.1f} MiB"
         runs = [run for run in raw["runs"] if run["strategy"] == strategy]
         loops = [statistics.median(run["bare"][name] for run in runs) for name in ("loop", "full_loop")]
@@ -167,8 +166,8 @@ def markdown(raw: Raw, summary: Summary) -> str:
             f"the full net's (counted), bare loop {loops[0] / loops[1]:.3f} of the full net's "
             f"({1e3 * loops[0]:.1f} and {1e3 * loops[1]:.1f} ms a step), its local step "
             f"{_of(summary, strategy, 'local_step_s') / loops[1]:.3f}. Bare exchange "
-            f"{1e3 * exchange:.1f} ms {per}. Fewest bytes: {held} held by a rank"
-            + (f", {statistics.median(moved) / 1e6:.1f} MB moved a round." if moved else ".")
+            f"{1e3 * exchange:.1f} ms {per}. Fewest bytes: {held} held by a rank, "
+            f"{statistics.median(of['moved_bytes']) / 1e6:.1f} MB moved a round."
         )
     lines += _peer_lines(raw)
     lines += ["", "## Memory of a local step by category (rank 0, at its peak)", ""]
@@ -277,8 +276,7 @@ def _notes(raw: Raw) -> list[str]:
         f"{memory}; of the largest rank. The limit is parameters, gradients and optimizer state alone",
         "bytes between ranks as in the runs' ledgers; their limit is a ring all-reduce of what is averaged, "
         "and of partitioned blocks a direct hand-off",
-        "a bare exchange is one all-reduce that moves as many bytes or, if that is faster, the same messages "
-        "(of the exact wire)",
+        "a bare exchange is one all-reduce that moves as many bytes or, if that is faster, the same messages",
     ]
     if any(variant["peer"] for variant in raw["variants"].values()):
         notes += [

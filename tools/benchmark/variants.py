@@ -108,7 +108,10 @@ def read(text: str, config: Config, ranks: int) -> Variant:
 
 
 def _ours(text: str, name: str, options: Sequence[str], config: Config) -> Variant:
-    return Variant(text, _with(of_strategy(config, name), options))
+    config = _with(of_strategy(config, name), options)
+    if config.overlap_steps and config.rounds:
+        config = replace(config, rounds=config.rounds + 1)  # the last one does not: `counted.measured_rounds`
+    return Variant(text, config)
 
 
 def _peer(text: str, name: str, options: Sequence[str], config: Config) -> Variant:

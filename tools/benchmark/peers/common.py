@@ -57,7 +57,7 @@ def timed(
     """
     assert config.rounds is not None
     source = batches(comm, config)
-    counted = measured_rounds(config.rounds)
+    counted = measured_rounds(config)
     clock, sent = [], []
     comm.barrier()
     for number in range(config.rounds):
