@@ -2,12 +2,15 @@
 
     python tools/bench.py --strategies resist,local_sgd,ddp --workers 2 --batch_size 2
     sudo python tools/bench.py --strategies resist,ddp --workers 4 --link 1gbit   # behind a slow network
+    python tools/bench.py --strategies resist,resist:wire=compact,local_sgd --workers 2    # variants of one
+    python tools/bench.py --strategies resist,torchft_diloco --workers 2      # and what others would pick
     python tools/bench.py --what local,sync,save --workers 2,4                    # ours against bare work
     python tools/bench.py --what data --workers 4 --batch_size 128 --img_size 224 # do the data keep up?
     python tools/bench.py --what step --workers 4 --batch_size 128 --mixed_precision bf16 --channels_last
 
-Options of train.py mean the same here (--model, --batch_size, --local_steps, ...). The figures go to the
-screen and to --output_dir: of strategies as JSON, Markdown and PNG, of the machinery as JSON.
+Options of train.py mean the same here (--model, --batch_size, --local_steps, ...); those of one strategy
+alone are typed with it, as resist:wire=compact:overlap_steps=2. The figures go to the screen and to
+--output_dir: of strategies as JSON, Markdown and PNG, of the machinery as JSON.
 """
 
 import json
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, _stop)
     try:
         asked = read(sys.argv[1:] if argv is None else argv, __doc__)
-        if asked.strategies:
+        if asked.variants:
             compare(asked, sys.argv if argv is None else ["tools/bench.py", *argv])
         else:
             machinery(asked)
@@ -66,7 +69,7 @@ def compare(asked: Asked, command: Sequence[str]) -> None:
     with Link(asked.ranks, asked.bits) if asked.bits else nullcontext() as network:
         plan = compare.Plan(
             config=asked.config,
-            strategies=asked.strategies,
+            variants=asked.variants,
             ranks=asked.ranks,
             repeats=asked.repeats,
             network=network,
@@ -76,7 +79,8 @@ def compare(asked: Asked, command: Sequence[str]) -> None:
         measured = compare.measure(plan, say=lambda line: print(line, flush=True))
     raw = {
         **_surroundings(command),
-        "strategies": asked.strategies,
+        "strategies": [variant.name for variant in asked.variants],
+        "variants": {variant.name: variant.facts() for variant in asked.variants},
         "workers": plan.workers,
         "ranks": plan.ranks,
         "workers_a_rank": plan.played,

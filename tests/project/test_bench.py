@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,12 @@ from PIL import Image
 from resist_ds.comm import Comm
 from resist_ds.data import images
 from resist_ds.errors import RunError, Stopped, UserError
+from resist_ds.options.command_line import parse
+from resist_ds.options.config import Config
 from tests import ROOT
 from tests.conftest import _CONTEXT
 from tools import bench
-from tools.benchmark import link, photos, ranks, tables
+from tools.benchmark import counted, link, peers, photos, ranks, tables, variants
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 ranks_needed = pytest.mark.ranks
@@ -124,7 +127,7 @@ def test_ratios_and_shares_follow_from_the_raw_figures(compared: SimpleNamespace
     for figure in tables.FIGURES:
         for strategy in ("resist", "ddp"):
             found = summary[strategy][figure.key]
-            if figure.key == "sync_s":  # ddp's is in its local step: no baseline has one
+            if "sync" in figure.key or figure.key == "waited_share":  # ddp's is in its local step
                 assert found["ratio"] is None and (found["median"] is None) == (strategy == "ddp")
                 continue
             values = [run[figure.key] for run in raw["runs"] if run["strategy"] == strategy]
@@ -141,6 +144,7 @@ def test_ratios_and_shares_follow_from_the_raw_figures(compared: SimpleNamespace
 @ranks_needed
 def test_limits_follow_from_the_bare_work_beside_a_run(compared: SimpleNamespace) -> None:
     for run in compared.raw["runs"]:
+        assert run["steps"] == 2
         bare, facts = run["bare"], compared.raw["facts"]["strategies"][run["strategy"]]
         exchange = min(bare["all_reduce"], bare.get("messages", bare["all_reduce"]))
         step = (bare["loop"] + exchange / 2) if run["strategy"] == "resist" else max(bare["loop"], exchange)
@@ -179,6 +183,156 @@ def test_report_and_picture(compared: SimpleNamespace) -> None:
     assert "| resist | ddp | limit |" in table[0] and "absent: figures of a GPU" in report
     with Image.open(compared.folder / "bench.png") as picture:
         assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Variants of a strategy, and peers
+
+
+def _config(*options: str) -> Config:
+    return parse(["--workers=2", "--rounds=2", "--local_steps=10", *options])
+
+
+def test_a_variant_has_its_own_options_and_the_rest_of_all() -> None:
+    config = _config("--min_blocks=3", "--optimizer_state=reset", "--lr=0.5")
+    text = "resist,resist:min_blocks=0:local_steps=4,local_sgd:optimizer_state=travel,ddp,resist:compile"
+    found = variants.read_all(text, config, 2)
+    assert [v.name for v in found] == text.split(",")
+    assert found[0].config == config
+    assert found[1].config == replace(config, min_blocks=0, local_steps=4)
+    assert found[2].config == replace(config, strategy="local_sgd", min_blocks=0, optimizer_state="travel")
+    assert found[3].config == replace(config, strategy="ddp", min_blocks=0, optimizer_state="travel")
+    assert found[4].config == replace(config, compile=True)
+    assert [v.once_a_round for v in found] == [True, True, True, False, True]
+
+
+def test_a_variant_says_what_travels_and_when() -> None:
+    config = _config("--wire=compact", "--overlap_steps=2")
+    found = variants.read_all("resist,resist:wire=exact:overlap_steps=0,ddp,torchft_local_sgd", config, 2)
+    assert [(v.config.wire, v.config.overlap_steps) for v in found] == [("compact", 2), *[("exact", 0)] * 3]
+    # A round more, behind whose steps nothing hides, since an evaluation follows.
+    assert [v.config.rounds for v in found] == [3, 2, 2, 2]
+    assert [counted.measured_rounds(v.config) for v in found] == [range(1, 2)] * 4
+
+
+def test_names_of_variants_are_good_for_files() -> None:
+    (found,) = variants.read_all("resist:run_name=of/two parts:lr=1e-3", _config(), 2)
+    assert found.file == "resist-run_name=of-two-parts-lr=1e-3"
+
+
+def test_a_peer_has_what_it_can_use_of_our_options_and_its_own() -> None:
+    config = _config("--min_blocks=3", "--lr=0.5", "--eval_every=0", "--log_with=none", "--dataset=synthetic")
+    text = "resist,torchft_diloco:local_steps=8:fragments=4:fragment_sync_delay=1:use_bucketization=true"
+    found = variants.read_all(text, config, 2)[1]
+    own = peers.PEERS["torchft_diloco"].settings
+    assert (own["outer_lr"], own["outer_momentum"]) == (0.7, 0.9)
+    typed = {"fragments": 4, "fragment_sync_delay": 1, "use_bucketization": True}
+    assert found.peer == "torchft_diloco" and found.settings == own | typed
+    expected = replace(config, strategy="local_sgd", min_blocks=0, local_steps=8)
+    assert found.config == expected and found.once_a_round
+
+
+def _bench_with_peers_that_fail(*options: str) -> int:
+    """A peer that has a defect on one rank, and one that nobody has."""
+
+    def train(comm: Comm, config: object) -> None:
+        comm.barrier()
+        if comm.rank == 1:
+            raise ZeroDivisionError("of no | use")
+        comm.barrier()
+
+    sys.modules["tools.benchmark.peers.broken"] = SimpleNamespace(train=train)  # type: ignore[assignment]
+    peers.PEERS["broken"] = peers.Peer("torch", "does not run")
+    peers.PEERS["nowhere"] = peers.Peer("no-such-package", "is not there")
+    return bench.main(options)
+
+
+@ranks_needed
+def test_peers_stand_beside_ours_and_say_why_they_do_not_run(tmp_path: Path) -> None:
+    names = ["local_sgd:optimizer_state=reset", "accelerate_local_sgd", "broken", "nowhere"]
+    options = ["--repeats=2", "--local_steps=4", f"--output_dir={tmp_path / 'out'}"]
+    linked = [] if root_needed.args[0] else ["--link=100mbit"]
+    arguments = [*TINY, *options, *linked, f"--strategies={','.join(names)}"]
+    code, _, err = Started(tmp_path, _bench_with_peers_that_fail, *arguments).ended()
+    assert (code, err) == (0, ""), err
+    raw = json.loads((tmp_path / "out" / "bench.json").read_text())
+    ours, theirs, *_ = names
+    assert [run["strategy"] for run in raw["runs"]] == [ours, theirs, theirs, ours]  # and no other try
+    assert raw["failed"]["nowhere"].startswith("no-such-package is not installed")
+    assert "ZeroDivisionError" in raw["failed"]["broken"]
+    assert (tmp_path / "out" / "runs" / "1-local_sgd-optimizer_state=reset" / "run").is_dir()
+    for run in raw["runs"]:
+        waited = run["sync_exposed_s"]
+        assert run["samples_per_s"] == pytest.approx(2 * 2 * 4 / (4 * run["local_step_s"] + waited), rel=1e-6)
+        assert run["waited_share"] == pytest.approx(waited / (4 * run["local_step_s"] + waited), rel=1e-6)
+        assert 0 < run["peak_train_bytes"] < run["baseline_bytes"]
+        if run["strategy"] == theirs:
+            assert run["package"].startswith("accelerate ") and run["sync_s"] is None
+            assert (run["bytes_round"] is None) == (not linked)
+        elif linked:  # parameters and nothing else, as ours were asked: the same bytes, with TCP's headers
+            sent = next(r["bytes_round"] for r in raw["runs"] if r["strategy"] == theirs)
+            assert 1 < sent / run["bytes_round"] < 1.4
+    report = (tmp_path / "out" / "bench.md").read_text()
+    table = [line for line in report.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(tables.FIGURES) and all(line.count("|") == 7 for line in table)
+    assert "did not run: no-such-package is not installed" in table[2] and "of no / use" in table[2]
+    assert "Accelerator.prepare" in report and "**Did not run: no-such-package" in report
+
+
+@ranks_needed
+@pytest.mark.skipif(peers.lack("torchft_diloco") is not None, reason="torchft is not installed: extra bench")
+def test_peers_of_torchft_run(tmp_path: Path) -> None:
+    names = ["resist", "torchft_local_sgd", "torchft_diloco:fragments=2", "torchft_diloco"]
+    options = ["--repeats=1", "--local_steps=4", f"--strategies={','.join(names)}"]
+    linked = [] if root_needed.args[0] else ["--link=100mbit"]
+    code, _, err = started_bench(tmp_path, *options, *linked).ended()
+    assert (code, err) == (0, ""), err
+    raw = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert raw["failed"] == {} and [run["strategy"] for run in raw["runs"]] == names
+    assert all(run["samples_per_s"] > 0 for run in raw["runs"])
+
+
+def test_a_net_is_cut_into_fragments_of_about_one_size() -> None:
+    pytest.importorskip("torchft", reason="torchft is not installed: extra bench")
+    from torch import nn
+
+    from tools.benchmark.peers.torchft_diloco import cut
+
+    net = nn.Sequential(*[nn.Linear(9, 9) for _ in range(8)])
+    assert cut(net, 1) == [net]
+    for number in (2, 3, 4, 8):
+        parts = cut(net, number)
+        found = [parameter for part in parts for parameter in part.parameters()]
+        assert len(parts) == number and list(map(id, found)) == list(map(id, net.parameters()))
+        assert {len(list(part.children())) for part in parts} <= {8 // number, -(-8 // number)}
+
+
+def _different(comm: Comm) -> str:
+    import torch
+
+    from tools.benchmark.peers.common import check_same
+
+    net = torch.nn.Linear(2, 1)
+    torch.nn.init.constant_(net.weight, 1)
+    torch.nn.init.constant_(net.bias, 1)
+    check_same(comm, net)
+    torch.nn.init.constant_(net.bias, 1 + comm.rank * 1e-6)
+    try:
+        check_same(comm, net)
+    except RunError as error:
+        return str(error)
+    return "nothing"
+
+
+def _asked_whether_they_agree() -> None:
+    said = ranks.run(_different, 2)
+    assert said == ["its ranks hold different parameters after a synchronisation: it did not take place"] * 2
+
+
+@ranks_needed
+def test_a_peer_that_has_not_synchronised_is_found_out(tmp_path: Path) -> None:
+    code, _, err = Started(tmp_path, _asked_whether_they_agree).ended()
+    assert code in (None, 0), err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -422,6 +576,36 @@ def handlers() -> Iterator[None]:
         ("--strategies resist", "--workers of a comparison is one number"),
         ("--strategies resist --workers two", "--workers is 'two': type a whole number"),
         ("--strategies resist,resist --workers 2", "--strategies names one twice"),
+        ("--strategies resist:wire --workers 2", "--strategies resist:wire: --wire needs a value"),
+        ("--strategies ddp,resist:wier=2 --workers 2", "--strategies resist:wier=2: unknown option --wier"),
+        ("--strategies resist:lr=fast --workers 2", "--strategies resist:lr=fast: --lr is 'fast'"),
+        ("--strategies resist:overlap_steps=50 --workers 2", "--strategies resist:overlap_steps=50: --over"),
+        ("--strategies ddp:wire=compact --workers 2", "--strategies ddp:wire=compact: --wire is for"),
+        ("--strategies resist:seed=1 --workers 2", "--strategies resist:seed=1: --seed is not for one of"),
+        ("--strategies resist:keep=2 --workers 2", "--strategies resist:keep=2: --keep is not for one of"),
+        ("--strategies resist:lr=1:lr=2 --workers 2", "--strategies resist:lr=1:lr=2: it names an option"),
+        ("--strategies resist: --workers 2", "--strategies resist:: unknown option --"),
+        ("--strategies torchft_diloco --workers 2", "--strategies names peers alone"),
+        ("--strategies resist,torchft_diloco --workers 2 --dtype float64", "--dtype is not for torchft_dil"),
+        (
+            "--strategies accelerate_local_sgd --workers 4 --ranks 2",
+            "--strategies accelerate_local_sgd has one worker per rank",
+        ),
+        *(
+            (
+                f"--strategies resist,torchft_diloco:{wrong} --workers 2",
+                f"--strategies torchft_diloco:{wrong}: {said}",
+            )
+            for wrong, said in (
+                ("fragments=3", "fragments is 3: type a divisor of --local_steps 50"),
+                ("fragments=two", "fragments is 'two': type a whole number"),
+                ("use_bucketization=2", "use_bucketization is '2': type true or false"),
+                ("fragment_sync_delay=50", "fragment_sync_delay is 50: type a number from 0 to 49"),
+                ("fragment_update_alpha=2", "fragment_update_alpha is 2.0: type a number from 0 to 1"),
+                ("wire=compact", "'wire' is no option of it: type some of outer_lr"),
+                ("lr=x", "--lr is 'x'"),
+            )
+        ),
         ("--strategies resist --workers 2 --link fast", "--link is 'fast': type a rate"),
         ("--strategies resist --workers 2 --link 0gbit", "--link is '0gbit': type a rate"),
         ("--strategies resist --workers 2 --link 1gbit", "--link needs root"),

@@ -1,7 +1,6 @@
 """What was typed to the benchmarks, checked. Imports no torch, so that a mistake is answered at once."""
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,37 +10,19 @@ from typing import Any, NoReturn
 from resist_ds.errors import UserError
 from resist_ds.options.command_line import parse
 from resist_ds.options.config import Config
-from resist_ds.options.strategy import STRATEGIES
 from tools.benchmark import link
+from tools.benchmark.peers import PEERS
+from tools.benchmark.variants import FIXED, Variant, read_all, typed
 
 PARTS = ("local", "sync", "save", "data", "step")  # of the machinery
 MODES: dict[str, Any] = {"eager": "default", "compiled": "default", "graphed": "reduce-overhead"}
 """Of a local step: their --compile_mode; only eager is without --compile."""
-# These train alone and average once a round; the others average at every step, with one worker per rank.
-ONCE_A_ROUND = frozenset(name for name, way in STRATEGIES.items() if not way.lockstep)
 DEFAULTS = {
     "model": "preact_resnet101",
     "batch_size": 4,
     "local_steps": 50,
     "rounds": 2,
     "eval_batch_size": 32,
-}
-# Not what is measured: a small evaluation and one checkpoint end every run.
-FIXED: dict[str, Any] = {
-    "strategy": "resist",
-    "dataset": "synthetic",
-    "download": False,
-    "num_classes": None,
-    "warmup_rounds": 0,
-    "local_steps_max": None,
-    "eval_every": 0,
-    "calibration_samples": 32,
-    "checkpoint_every": 0,
-    "checkpoint_minutes": None,
-    "keep": 1,
-    "resume": "never",
-    "log_with": "none",
-    "progress": False,
 }
 
 
@@ -51,7 +32,7 @@ class Asked:
 
     Attributes:
         config: train.py's options, of every run.
-        strategies: to compare, or empty: `parts` of the machinery are measured.
+        variants: to compare, or none: `parts` of the machinery are measured.
         workers: numbers of workers; of a comparison one.
         bits: a second of every rank's link, or None.
         photos: an image folder for what data take, or None: one is made.
@@ -59,7 +40,7 @@ class Asked:
     """
 
     config: Config
-    strategies: tuple[str, ...]
+    variants: tuple[Variant, ...]
     parts: tuple[str, ...]
     workers: tuple[int, ...]
     ranks: int
@@ -82,7 +63,11 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
     parser = _Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--strategies", metavar="A,B,...", help="of train.py's --strategy, to be compared")
+    parser.add_argument(
+        "--strategies",
+        metavar="A[:option=value]...,B,...",
+        help=f"to be compared: of train.py's --strategy, or peers: {', '.join(PEERS)}",
+    )
     parser.add_argument(
         "--what", metavar="A,B,...", help=f"parts of the machinery, of {','.join(PARTS)} [all but step]"
     )
@@ -127,14 +112,15 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
         raise UserError("--workers of a comparison is one number: type --workers 2, for instance")
     ranks = workers[0] if given.ranks is None else given.ranks
     config = _config(rest)
-    strategies = tuple(name.strip() for name in given.strategies.split(",")) if compared else ()
+    variants: tuple[Variant, ...] = ()
     if compared:
         threads = config.cpu_threads or max(1, cores() // max(1, ranks))
         config = replace(config, workers=workers[0], cpu_threads=threads)
-        check(config, strategies, ranks)
+        check(config, ranks)
+        variants = read_all(given.strategies, config, ranks)
     return Asked(
         config=config,
-        strategies=strategies,
+        variants=variants,
         parts=parts,
         workers=workers,
         ranks=ranks,
@@ -176,33 +162,16 @@ def _bits(text: str | None) -> int | None:
 
 def _config(rest: Sequence[str]) -> Config:
     """train.py's options, as it reads them."""
-    base = [f"--{name}={_written(value)}" for name, value in (DEFAULTS | FIXED).items()]
-    config = parse([*base, *rest])
+    config = parse([*typed(DEFAULTS | FIXED), *rest])
     for name, value in FIXED.items():
         if getattr(config, name) != value:
-            what = "type --strategies" if name == "strategy" else f"it is {_written(value)} here"
+            what = "type --strategies" if name == "strategy" else f"here it is {typed({name: value})[0]}"
             raise UserError(f"--{name} is not for the benchmarks: {what}")
     return config
 
 
-def _written(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def of_strategy(config: Config, strategy: str) -> Config:
-    """The options of one strategy; those that are not for it have their defaults."""
-    changed: dict[str, Any] = {"strategy": strategy}
-    if strategy != "resist":
-        changed["min_blocks"] = 0
-    if not (strategy == "resist" or (strategy in STRATEGIES and STRATEGIES[strategy].stage)):
-        changed["deepspeed_config"] = None
-    if strategy not in ONCE_A_ROUND:
-        changed["optimizer_state"] = Config.default("optimizer_state")
-    return replace(config, **changed)
-
-
-def check(config: Config, strategies: Sequence[str], ranks: int) -> None:
-    """Raises `UserError` where a strategy cannot run on so many ranks, or is none."""
+def check(config: Config, ranks: int) -> None:
+    """Raises `UserError` where there is nothing to compare on so many ranks."""
     workers = config.workers or 0
     if workers < 2 or ranks < 2:
         name = "workers" if workers < 2 else "ranks"
@@ -213,21 +182,6 @@ def check(config: Config, strategies: Sequence[str], ranks: int) -> None:
         raise UserError(f"--ranks {ranks} is more than --workers {workers}: type at most {workers}")
     if config.rounds is None:
         raise UserError("--rounds is null: a comparison needs a number of rounds, for instance 3")
-    if len(set(strategies)) < len(strategies):
-        raise UserError("--strategies names one twice: type each once")
-    for strategy in strategies:
-        if strategy == "stochastic_depth":
-            raise UserError(
-                "--strategies stochastic_depth has one worker, which exchanges nothing: leave it out"
-            )
-        if strategy not in STRATEGIES:
-            raise UserError(f"--strategies names {strategy!r}: type some of {', '.join(STRATEGIES)}")
-        of_strategy(config, strategy)
-        if strategy not in ONCE_A_ROUND and ranks != workers:
-            raise UserError(
-                f"--strategies {strategy} has one worker per rank: type --ranks {workers}, "
-                f"or leave {strategy} out"
-            )
 
 
 def cores() -> int:

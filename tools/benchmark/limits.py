@@ -144,6 +144,8 @@ class Exchange:
             blueprint.pool,
             budget=config.transit_mib << 20,
             travel=self.travel,
+            compact=config.wire == "compact",
+            vectors=self.crew.vectors,
         )
         self._calls: list[tuple[Any, Any]] = []
         exchange = comm.exchange

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.benchmark.asked import ONCE_A_ROUND
+from tools.benchmark.peers import PEERS
 
 Raw = dict[str, Any]
 Summary = dict[str, dict[str, dict[str, float | None]]]  # {strategy: {figure: {"median": …}}}
@@ -20,7 +20,7 @@ class Figure:
         key: of a run's figures.
         scale: the unit shown, in the figure's own.
         more: whether more is better.
-        limit: what it is a share of.
+        limit: what it is a share of; "–": nothing.
     """
 
     key: str
@@ -35,18 +35,22 @@ FIGURES = (
     Figure("samples_per_s", "speed", "samples/s", 1, True, "bare loop and bare exchange"),
     Figure("local_step_s", "local step", "ms", 1e-3, False, "bare loop, same shape"),
     Figure("sync_s", "synchronisation", "ms", 1e-3, False, "bare exchange, same bytes"),
+    Figure("sync_exposed_s", "synchronisation, waited for", "ms", 1e-3, False, "–"),
+    Figure("waited_share", "the same, of a round", "%", 0.01, False, "–"),
     Figure("bytes_step", "bytes a step", "MB", 1e6, False, "fewest moved"),
     Figure("bytes_round", "bytes a round", "MB", 1e6, False, "fewest moved"),
     Figure("peak_train_bytes", "peak memory, training", "MiB", 1 << 20, False, "fewest held"),
     Figure("peak_eval_bytes", "peak memory, evaluation", "MiB", 1 << 20, False, "fewest held"),
 )
+_SYNC = ("sync_s", "sync_exposed_s", "waited_share")
 PICTURED = ("samples_per_s", "peak_train_bytes", "bytes_round")
 
 
 def summarise(raw: Raw) -> Summary:
     """By strategy and figure: median, min and max over the repeats, ratio to the best baseline, limit, share.
 
-    The best baseline is the best median among the strategies other than resist, figure by figure. A share is
+    The best baseline is the best median among all but resist and its variants, figure by figure; where there
+    are none, the first of those. A share is
     limit ÷ figure, or figure ÷ limit where more is better, so that 1 is the limit itself: the median of those
     of the repeats, each with the limit that was measured beside it. What is not there is None.
     """
@@ -56,9 +60,10 @@ def summarise(raw: Raw) -> Summary:
         for strategy in strategies
     }
     summary: Summary = {strategy: {} for strategy in strategies}
+    others = _others(raw) or strategies[:1]
     for figure in FIGURES:
         medians = {s: statistics.median(of[figure.key]) for s, of in values.items() if of[figure.key]}
-        baselines = [median for strategy, median in medians.items() if strategy != "resist" and median > 0]
+        baselines = [median for strategy, median in medians.items() if strategy in others and median > 0]
         best = (max if figure.more else min)(baselines, default=None)
         for strategy in strategies:
             if strategy not in medians:
@@ -67,9 +72,9 @@ def summarise(raw: Raw) -> Summary:
                 )
                 continue
             median, of = medians[strategy], values[strategy][figure.key]
-            limits = [limit_of(raw, run, figure.key) for run in raw["runs"] if run["strategy"] == strategy]
-            known = [limit for limit in limits if limit is not None]
-            pairs = zip(of, known, strict=False)
+            runs = [run for run in raw["runs"] if run["strategy"] == strategy]
+            known = [limit for run in runs if (limit := limit_of(raw, run, figure.key)) is not None]
+            pairs = zip(of, known, strict=True) if known else ()
             shares = [value / limit if figure.more else limit / value for value, limit in pairs]
             summary[strategy][figure.key] = {
                 "median": median,
@@ -82,22 +87,30 @@ def summarise(raw: Raw) -> Summary:
     return summary
 
 
+def _others(raw: Raw) -> list[str]:
+    """All but resist and its variants."""
+    return [name for name in raw["strategies"] if raw["variants"][name]["strategy"] != "resist"]
+
+
 def _values(raw: Raw, strategy: str, key: str) -> list[float]:
-    """One per repeat; none for the synchronisation of a strategy whose steps contain it."""
-    if key == "sync_s" and strategy not in ONCE_A_ROUND:
+    """One per repeat; none for what is not known, as the synchronisation of one whose steps contain it."""
+    if key in _SYNC and not raw["variants"][strategy]["once_a_round"]:
         return []
-    return [run[key] for run in raw["runs"] if run["strategy"] == strategy]
+    values = [run[key] for run in raw["runs"] if run["strategy"] == strategy]
+    return [value for value in values if value is not None]
 
 
 def limit_of(raw: Raw, run: Raw, key: str) -> float | None:
     """What a run's figure could be at best, in the figure's own unit; None: not known."""
-    strategy, loop = run["strategy"], run["bare"]["loop"]
-    facts = raw["facts"]["strategies"][strategy]
-    steps: int = raw["options"]["local_steps"]
-    moved: int = facts["moved_bytes"][run["repeat"]]
-    images = raw["workers"] * raw["options"]["batch_size"] * steps
-    if strategy in ONCE_A_ROUND:
-        seconds = steps * raw["workers_a_rank"] * loop + exchange_of(run)
+    if "bare" not in run:
+        return None  # a peer's
+    strategy, loop, steps = run["strategy"], run["bare"]["loop"], run["steps"]
+    facts, variant = raw["facts"]["strategies"][strategy], raw["variants"][strategy]
+    options, moved = variant["options"], facts["moved_bytes"][run["repeat"]]
+    images = raw["workers"] * options["batch_size"] * steps
+    if variant["once_a_round"]:
+        hidden = options["overlap_steps"] * raw["workers_a_rank"] * loop
+        seconds = steps * raw["workers_a_rank"] * loop + max(0.0, exchange_of(run) - hidden)
     else:
         seconds = steps * max(loop, exchange_of(run))  # one may hide behind the other
     limits: dict[str, float | None] = {
@@ -109,7 +122,7 @@ def limit_of(raw: Raw, run: Raw, key: str) -> float | None:
         "peak_train_bytes": facts["held_bytes"],
         "peak_eval_bytes": facts["held_bytes"],
     }
-    return limits[key]
+    return limits.get(key)
 
 
 def exchange_of(run: Raw) -> float:
@@ -131,19 +144,18 @@ def markdown(raw: Raw, summary: Summary) -> str:
         f"{raw['backend']}.",
         "",
         *_link_lines(raw),
-        "Medians [lowest … highest]; × is the ratio to the best strategy other than resist; "
+        f"Medians [lowest … highest]; × is the ratio to {_baseline(raw)}; "
         "then the share of the limit, which is 100 %.",
         "",
     ]
     rows = [["", *raw["strategies"], "limit"], ["---"] * (len(raw["strategies"]) + 2)]
-    for figure in FIGURES:
-        cells = [_cell(figure, summary[strategy][figure.key]) for strategy in raw["strategies"]]
+    for figure in shown(summary):
+        cells = [_cell(raw, figure, name, summary[name][figure.key]) for name in raw["strategies"]]
         rows.append([f"{figure.title} ({figure.unit})", *cells, figure.limit])
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", "## Limits", ""]
-    for strategy in raw["strategies"]:
-        of = facts["strategies"][strategy]
-        per = "a round" if strategy in ONCE_A_ROUND else "a step"
+    for strategy, of in facts["strategies"].items():
+        per = "a round" if raw["variants"][strategy]["once_a_round"] else "a step"
         held = f"{of['held_bytes'] / (1 << 20):.1f} MiB"
         runs = [run for run in raw["runs"] if run["strategy"] == strategy]
         loops = [statistics.median(run["bare"][name] for run in runs) for name in ("loop", "full_loop")]
@@ -157,12 +169,43 @@ def markdown(raw: Raw, summary: Summary) -> str:
             f"{1e3 * exchange:.1f} ms {per}. Fewest bytes: {held} held by a rank, "
             f"{statistics.median(of['moved_bytes']) / 1e6:.1f} MB moved a round."
         )
+    lines += _peer_lines(raw)
     lines += ["", "## Memory of a local step by category (rank 0, at its peak)", ""]
     for strategy, found in raw["memory_by_category"].items():
         said = found if isinstance(found, str) else _categories(found)
         lines.append(f"- {strategy}: {said}")
     lines += ["", "## What the figures are", "", *(f"- {note}" for note in _notes(raw)), ""]
     return "\n".join(lines)
+
+
+def shown(summary: Summary) -> list[Figure]:
+    """The rows of the report: those that tell something of some strategy."""
+    return [f for f in FIGURES if any(of[f.key]["median"] is not None for of in summary.values())]
+
+
+def _baseline(raw: Raw) -> str:
+    return "the best of those that are not resist" if _others(raw) else raw["strategies"][0]
+
+
+def _peer_lines(raw: Raw) -> list[str]:
+    """Each peer: what it is, its settings, and why it did not run."""
+    lines: list[str] = []
+    told = set()
+    for name in raw["strategies"]:
+        variant = raw["variants"][name]
+        if not variant["peer"]:
+            continue
+        used = {key: variant["options"][key] for key in ("optimizer", "lr", "momentum", "cpu_threads")}
+        settings = ", ".join(f"{key} {value}" for key, value in (variant["settings"] | used).items())
+        runs = [run for run in raw["runs"] if run["strategy"] == name]
+        package = f" ({runs[0]['package']})" if runs else ""
+        says = "the same with other settings" if variant["peer"] in told else PEERS[variant["peer"]].says
+        told.add(variant["peer"])
+        line = f"- {name}{package}: {says}. Settings: {settings}."
+        if name in raw["failed"]:
+            line += f" **{'Left out from then on' if runs else 'Did not run'}: {raw['failed'][name]}.**"
+        lines.append(line)
+    return ["", "## Peers", "", *lines] if lines else []
 
 
 def _of(summary: Summary, strategy: str, key: str) -> float:
@@ -193,16 +236,20 @@ def _link_lines(raw: Raw) -> list[str]:
     return [*lines, ""]
 
 
-def _cell(figure: Figure, found: dict[str, float | None]) -> str:
+def _cell(raw: Raw, figure: Figure, strategy: str, found: dict[str, float | None]) -> str:
     median, low, high = (found[key] for key in ("median", "min", "max"))
     if median is None or low is None or high is None:
-        return "in its local step"
+        if strategy in raw["failed"] and figure is FIGURES[0]:
+            return f"did not run: {raw['failed'][strategy]}".replace("|", "/")
+        return "–" if raw["variants"][strategy]["once_a_round"] else "in its local step"
     text = f"**{_number(median / figure.scale)}**"
     if low < high:
         text += f" [{_number(low / figure.scale)} … {_number(high / figure.scale)}]"
     if found["ratio"] is not None:
         text += f" · ×{found['ratio']:.3f}"
-    return text + (" · limit absent" if found["share"] is None else f" · {100 * found['share']:.1f} %")
+    if found["share"] is not None:
+        return text + f" · {100 * found['share']:.1f} %"
+    return text + ("" if figure.limit == "–" or raw["variants"][strategy]["peer"] else " · limit absent")
 
 
 def _number(value: float) -> str:
@@ -231,6 +278,13 @@ def _notes(raw: Raw) -> list[str]:
         "and of partitioned blocks a direct hand-off",
         "a bare exchange is one all-reduce that moves as many bytes or, if that is faster, the same messages",
     ]
+    if any(variant["peer"] for variant in raw["variants"].values()):
+        notes += [
+            "peers: the same images, net, batch, threads and optimizer of the local steps as local_sgd, in a "
+            "loop as their documentation shows it; speed is over all rounds that count, local step the "
+            "median of the steps in which ranks do not meet, what is waited for the rest of a round; bytes "
+            "are those that left by the links of --link, headers included; no limits were measured for them"
+        ]
     return notes + [f"absent: {what}" for what in raw["absent"]]
 
 
@@ -251,7 +305,8 @@ def picture(raw: Raw, summary: Summary, path: Path) -> None:
             panel.bar(place, median, yerr=[[median - low], [high - median]], capsize=4)
             if found["limit"] is not None:
                 panel.plot([place - 0.4, place + 0.4], [found["limit"]] * 2, "k--", linewidth=1)
-        panel.set_xticks(range(len(strategies)), strategies)
+        names = [name.replace(":", "\n") for name in strategies]
+        panel.set_xticks(range(len(strategies)), names, fontsize=8, rotation=30 if len(names) > 4 else 0)
         panel.set_title(f"{row.title} ({row.unit})", fontsize=10)
     figure.suptitle(f"{raw['options']['model']}, W = {raw['workers']}; dashed: the limit", fontsize=10)
     figure.savefig(path, dpi=120)
