@@ -35,7 +35,7 @@ class Config:
     model: str = option(
         "preact_resnet_small",
         "A ResNet of timm (resnetv2_{18,34,50,101,152}, resnet{50,101,152}) or one of the paper's CIFAR nets "
-        "(preact_resnet_small, preact_resnet{101,152,200}).",
+        "(preact_resnet_small, preact_resnet{101,152,200}, preact_resnet101_narrow).",
         group="Model",
     )
     num_classes: int | None = option(None, "Outputs of the classifier; null: the data set's.", low=1)

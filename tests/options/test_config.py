@@ -259,6 +259,19 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
         ("--model=", "--model is empty"),
         ("--output_dir=", "--output_dir is empty"),
         (f"--seed {'9' * 5000}", "--seed is"),
+        (
+            "--overlap_steps 5 --local_steps 5",
+            "--overlap_steps is 5: type less than --local_steps 5",
+        ),
+        (
+            "--overlap_steps 1 --strategy ddp",
+            "--overlap_steps is for --strategy resist and local_sgd, not",
+        ),
+        ("--overlap_steps 1 --deepspeed_config ds_configs/zero1.json", "type --overlap_steps 0"),
+        ("--wire compact --strategy zero2", "--wire is for --strategy resist and local_sgd, not for zero2"),
+        ("--wire compact --strategy stochastic_depth --min_blocks 2", "--wire is for --strategy resist and"),
+        ("--wire compact --dtype float64", "--wire compact writes float32 shorter: type --dtype float32"),
+        ("--wire gzip", "type one of exact, compact"),
     ],
 )
 def test_refused(line, message):
@@ -271,6 +284,7 @@ LEAST = dict(
     momentum=0, weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0,
     eval_every=0, eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0,
     checkpoint_minutes=0, keep=1, grace=0, seed=0, eps=0, local_steps_max=1,
+    overlap_steps=0,
 )  # fmt: skip
 
 
