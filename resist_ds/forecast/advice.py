@@ -55,8 +55,12 @@ def advice(plan: Plan) -> list[Advice]:
         )
     else:
         depth = f"K = {slots} of {pool} is the most that fits: {_mib(needs(batch, checkpointing, slots))}"
-    given = {"slots": slots, "batch": batch, "activation_checkpointing": checkpointing}
-    on_wires = [plan.predict("resist", workers, wire=wire, **given) for wire in wires]
+    on_wires = [
+        plan.predict(
+            "resist", workers, wire=wire, slots=slots, batch=batch, activation_checkpointing=checkpointing
+        )
+        for wire in wires
+    ]
     return [
         Advice("workers", workers, "the most asked for: most images a round, fewest blocks a worker"),
         Advice(
