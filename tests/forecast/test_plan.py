@@ -421,7 +421,7 @@ def test_local_steps_are_the_fewest_that_the_link_allows(paper: Plan) -> None:
     assert (options["wire"], options["overlap_steps"]) == ("compact", 0)
     ours, ddp = ample.predict("resist", 8, wire="compact"), ample.predict("ddp", 8)
     assert ours.sent_round / asked <= 0.1 * ddp.sent_step < ours.sent_round / (asked - 1)
-    timed = plan_like(ample, speed=1e13, wires=("exact",), bandwidth=1e11)
+    timed = plan_like(ample, speed=1e13, wires=("exact",), bandwidth=2e10)
     options, ours = advised(timed), timed.predict("resist", 8)
     asked = options["local_steps"]
     assert (options["wire"], options["overlap_steps"]) == ("exact", 0) and 1 < asked <= 5
