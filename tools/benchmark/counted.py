@@ -80,7 +80,7 @@ def moved_bytes(blueprint: Blueprint, config: Config) -> int:
     if config.way.lockstep:
         return 2 * (workers - 1) * blueprint.parameters * config.local_steps * itemsize
     groups = groups_of(StateLayout.of(blueprint, config, slots=1), config, pool, workers)
-    rounds, least = measured_rounds(config.rounds), config.least_blocks(pool)
+    rounds, least = measured_rounds(config), config.least_blocks(pool)
     deals = [
         sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=least)
         for r in (*rounds, rounds.stop)
