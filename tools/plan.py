@@ -3,8 +3,8 @@
     python tools/plan.py preact_resnet101 --workers 2,4,8 --batch_size 128
     python tools/plan.py resnetv2_101 --workers 4,8 --batch_size 256 --memory 24gib --bandwidth 1gbit
 
-Compared are resist, local_sgd, ddp, and FSDP2 and ZeRO, with one worker per rank, each with and without
-activation checkpointing. Options mean what they mean to train.py.
+Compared are resist and local_sgd on both wires, ddp, and FSDP2 and ZeRO, with one worker per rank, each with
+and without activation checkpointing. Options mean what they mean to train.py.
 """
 
 import argparse
@@ -21,16 +21,17 @@ from resist_ds.errors import UserError
 from resist_ds.options.config import Config
 
 if TYPE_CHECKING:
-    from resist_ds.forecast.plan import Plan, Prediction
+    from resist_ds.forecast.plan import Plan, Prediction, Wire
 
 FOOTNOTES = """\
 All figures are predicted, for one rank with one worker. MiB are 2^20 bytes, MB 10^6; M millions, G 10^9.
 weights, grads, optim: training state. activ: what the forward pass leaves for the backward pass.
 step: peak of a training step. sync: peak of a synchronisation, with {transit} of --transit_mib, which are
   allocated in the first one and kept: peak is the larger of sync and step + {transit}.
+kept: beside a worker, for --wire compact and --overlap_steps: {kept}.
   What libraries take for themselves (workspaces, gaps between allocations) comes on top.
 mul-adds: multiply-adds of a step, per rank; of full: the full net's without activation checkpointing.
-MB/step, MB/round: sent by all ranks. comm s: its time a round, at {bandwidth} a rank, not overlapped.
+MB/step, MB/round: sent by all ranks. comm s: its time a round, at {bandwidth} a rank{exposed}.
 resist, local_sgd, ddp: counted, on a step of tensors without storage and on the deals of {deals} rounds.
 * by formula: FSDP2 with fully_shard on every residual block and the root; ZeRO with a second copy of the
   weights that a rank updates and the preset's bucket of gradients; one block fetched ahead."""
@@ -58,7 +59,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="that a step runs on [cuda]"
     )
-    for name, kind in (("min_blocks", int), ("local_steps", int), ("transit_mib", int)):
+    parser.add_argument(
+        "--wire", default="exact,compact", metavar="WIRE,...", help="wires to compare [exact,compact]"
+    )
+    for name, kind in (
+        ("min_blocks", int),
+        ("local_steps", int),
+        ("overlap_steps", int),
+        ("transit_mib", int),
+    ):
         default = Config.default(name)
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"[{default}]")
     parser.add_argument("--local_steps_max", type=int, metavar="N", help="of rounds that grow [none do]")
@@ -78,6 +87,16 @@ def workers_of(text: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in numbers):
         raise UserError(f"--workers is {text!r}: type whole numbers above 0, for instance 2,4,8")
     return tuple(sorted({int(part) for part in numbers}))
+
+
+def wires_of(text: str) -> "tuple[Wire, ...]":
+    """`exact,compact`, in this order. Raises `UserError` where one is no wire."""
+    from resist_ds.forecast.plan import WIRES
+
+    typed = {part.strip() for part in text.split(",")}
+    if not typed <= set(WIRES):
+        raise UserError(f"--wire is {text!r}: type exact, compact, or exact,compact")
+    return tuple(wire for wire in WIRES if wire in typed)
 
 
 def main() -> int:
@@ -107,6 +126,7 @@ def plan(given: argparse.Namespace) -> "Plan":
         "local_steps",
         "local_steps_max",
         "schedule",
+        "overlap_steps",
         "transit_mib",
         "optimizer",
         "optimizer_state",
@@ -126,10 +146,8 @@ def plan(given: argparse.Namespace) -> "Plan":
     memory = quantity("--memory", given.memory, MEMORIES)
     speed = quantity("--flops", given.flops, SPEEDS) if given.flops else None
     blueprint = Blueprint(given.model, given.num_classes or classes)
-    question = Question(
-        blueprint, config, given.img_size or img_size, workers, bandwidth, memory, speed, given.device
-    )
-    return Plan(question)
+    place = given.img_size or img_size, workers, bandwidth, memory, speed, given.device
+    return Plan(Question(blueprint, config, *place, wires_of(given.wire)))
 
 
 def render(plan: "Plan", given: argparse.Namespace) -> str:
@@ -146,11 +164,13 @@ def render(plan: "Plan", given: argparse.Namespace) -> str:
             f"{config.local_steps} to {config.local_steps_max} local steps a round, "
             f"{mean_local_steps(config):.1f} in the mean by --schedule {config.schedule}"
         )
+    tau = config.overlap_steps
+    behind = f", the exchange behind the last {tau} of them" if tau else ""
     lines = [
         f"predicted for {blueprint.name}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of "
         f"P = {blueprint.pool} blocks, {blueprint.num_classes} classes, "
         f"{question.img_size}×{question.img_size} pixels",
-        f"{config.batch_size} images per worker and step, {length}, "
+        f"{config.batch_size} images per worker and step, {length}{behind}, "
         f"{config.optimizer}, optimizer state: {config.optimizer_state}, "
         f"mixed precision: {config.mixed_precision}, {question.device}",
     ]
@@ -161,8 +181,16 @@ def render(plan: "Plan", given: argparse.Namespace) -> str:
             f"predicted {'with' if checkpointing else 'without'} activation checkpointing (MiB a rank)",
         ]
         lines.append(_table(chosen))
-    transit = f"{max(p.transit for p in plan.predictions) / 2**20:,.0f} MiB"
-    lines += ["", FOOTNOTES.format(transit=transit, bandwidth=given.bandwidth, deals=DEALS)]
+    words = {
+        "transit": f"{max(p.transit for p in plan.predictions) / 2**20:,.0f} MiB",
+        "kept": "in host memory" if question.device == "cuda" else "part of step and sync",
+        "exposed": f";\n  exposed s: what of that is not hidden by --overlap_steps {tau}"
+        if question.speed
+        else "",
+        "bandwidth": given.bandwidth,
+        "deals": DEALS,
+    }
+    lines += ["", FOOTNOTES.format(**words)]
     advised = advice(plan)
     lines += [
         "",
@@ -198,6 +226,7 @@ def row(prediction: "Prediction") -> dict[str, Any]:
 
     plain = (
         "strategy",
+        "wire",
         "workers",
         "slots",
         "activation_checkpointing",
@@ -205,11 +234,12 @@ def row(prediction: "Prediction") -> dict[str, Any]:
         "multiply_adds",
         "share",
     )
-    sizes = ("weights", "gradients", "optimizer", "activations", "step", "transit", "sync", "peak")
+    sizes = ("weights", "gradients", "optimizer", "activations", "step", "transit", "kept", "sync", "peak")
     return {
         **{name: getattr(prediction, name) for name in plain},
         **{f"{name}_bytes": getattr(prediction, name) for name in (*sizes, "sent_step", "sent_round")},
         "communication_s": prediction.communication,
+        "exposed_s": prediction.exposed,
         "computation_s": prediction.computation,
         "by_formula": prediction.strategy in BY_FORMULA,
     }
@@ -219,22 +249,23 @@ def _table(predictions: "list[Prediction]") -> str:
     from resist_ds.forecast.plan import BY_FORMULA
 
     timed = predictions[0].computation is not None
-    head = ["strategy", "W", "K", "params", "weights", "grads", "optim", "activ", "step", "sync", "peak"]
-    head += ["mul-adds", "of full", "MB/step", "MB/round", "comm s", *(["compute s"] if timed else [])]
+    head = ["strategy", "wire", "W", "K", "params", "weights", "grads", "optim", "activ", "step", "sync"]
+    head += ["peak", "kept", "mul-adds", "of full", "MB/step", "MB/round", "comm s"]
+    head += ["exposed s", "compute s"] if timed else []
     rows = [head]
     for p in predictions:
-        sizes = (p.weights, p.gradients, p.optimizer, p.activations, p.step, p.sync, p.peak)
-        cells = [p.strategy + ("*" if p.strategy in BY_FORMULA else ""), str(p.workers), str(p.slots)]
+        sizes = (p.weights, p.gradients, p.optimizer, p.activations, p.step, p.sync, p.peak, p.kept)
+        cells = [p.strategy + ("*" if p.strategy in BY_FORMULA else ""), p.wire, str(p.workers), str(p.slots)]
         cells += [f"{p.parameters / 1e6:.2f} M"]
         cells += [f"{size / 2**20:,.0f}" if size else "-" for size in sizes]
         cells += [f"{p.multiply_adds / 1e9:,.1f} G", f"{100 * p.share:.0f} %"]
         cells += [f"{p.sent_step / 1e6:,.1f}", f"{p.sent_round / 1e6:,.1f}", f"{p.communication:.3g}"]
-        cells += [f"{p.computation:.3g}"] if p.computation is not None else []
+        cells += [f"{seconds:.3g}" for seconds in (p.exposed, p.computation) if seconds is not None]
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+            c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
         )
         for cells in rows
     ]

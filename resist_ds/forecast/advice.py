@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 
-from resist_ds.engines.timetable import mean_local_steps
-from resist_ds.forecast.plan import Plan, Prediction, Question
+from resist_ds.forecast.plan import Plan, Prediction, Question, Wire
 from resist_ds.forecast.traffic import sent_per_round, sent_per_step
 
 USABLE = 0.9  # share of the memory that the advice fills: workspaces and gaps of the allocator come on top
 COMMUNICATION_SHARE = 0.1  # of a round's time that the advice allows for; and of ddp's bytes per image
+OFTEN = 5  # local steps a round: what rarer rounds cost in accuracy, the wire and the overlap should avoid
+BEHIND = 5  # one of so many steps at most runs while a round's exchange does: final blocks learn nothing
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Advice:
     """A value of an option, and why."""
 
     option: str
-    value: int | bool
+    value: int | bool | str
     reason: str
 
 
@@ -26,10 +28,16 @@ def advice(plan: Plan) -> list[Advice]:
     question, config, pool = plan.question, plan.question.config, plan.question.blueprint.pool
     workers, asked = max(question.workers), config.batch_size
     fewest, room = question.slots(workers), USABLE * question.memory
+    wires = question.wires_of("resist", workers)
 
     def needs(batch: int, checkpointing: bool, slots: int = fewest) -> int:
         return plan.predict(
-            "resist", workers, slots=slots, batch=batch, activation_checkpointing=checkpointing
+            "resist",
+            workers,
+            wire=wires[-1],  # which keeps more
+            slots=slots,
+            batch=batch,
+            activation_checkpointing=checkpointing,
         ).peak
 
     # A smaller batch is slow as well, and another optimization problem: checkpointing comes first.
@@ -47,8 +55,12 @@ def advice(plan: Plan) -> list[Advice]:
         )
     else:
         depth = f"K = {slots} of {pool} is the most that fits: {_mib(needs(batch, checkpointing, slots))}"
-    chosen = plan.predict("resist", workers, slots=slots, batch=batch, activation_checkpointing=checkpointing)
-    steps, link = _local_steps(question, chosen, batch)
+    on_wires = [
+        plan.predict(
+            "resist", workers, wire=wire, slots=slots, batch=batch, activation_checkpointing=checkpointing
+        )
+        for wire in wires
+    ]
     return [
         Advice("workers", workers, "the most asked for: most images a round, fewest blocks a worker"),
         Advice(
@@ -66,39 +78,84 @@ def advice(plan: Plan) -> list[Advice]:
         Advice(
             "min_blocks",
             slots if slots > fewest else config.min_blocks,
-            f"{depth}; sends {_relative(question, workers, slots)} of local SGD's bytes",
+            f"{depth}; sends {_relative(question, workers, slots, wires[0])} of local SGD's bytes",
         ),
-        Advice("local_steps", steps, link),
+        *_for_the_link(question, on_wires, batch),
     ]
 
 
-def _relative(question: Question, workers: int, slots: int) -> str:
-    blueprint, config = question.blueprint, question.config
+def _relative(question: Question, workers: int, slots: int, wire: Wire) -> str:
+    blueprint, config = question.blueprint, replace(question.config, wire=wire)
     full = sent_per_round(blueprint, config, workers, blueprint.pool)
     share = sent_per_round(blueprint, config, workers, slots) / full if full else 1.0
     return f"{100 * share:.0f} %"
 
 
-def _local_steps(question: Question, chosen: Prediction, batch: int) -> tuple[int, str]:
-    """ℓ, and why."""
-    if chosen.computation is not None:
-        step = chosen.computation / mean_local_steps(question.config)
-        # c ≤ s(c + ℓt)
-        steps = math.ceil((1 / COMMUNICATION_SHARE - 1) * chosen.communication / step)
-        share = chosen.communication / (chosen.communication + max(1, steps) * step)
-        why = (
-            f"the fewest with at most {100 * COMMUNICATION_SHARE:.0f} % of a round's time for "
-            f"communication: {100 * share:.1f} %"
+def _for_the_link(question: Question, on_wires: list[Prediction], batch: int) -> list[Advice]:
+    """The wire, τ and ℓ: the exact wire and no overlap, unless rounds must then be rarer than `OFTEN`.
+
+    Args:
+        on_wires: what was chosen so far, on each wire that may be.
+    """
+    alone = [_fewest_steps(question, p) for p in on_wires]  # where nothing hides an exchange
+    steps, chosen = alone[-1], on_wires[-1]
+    wire = "the only one asked for"
+    if len(on_wires) > 1:
+        wire = (
+            f"exact needs --local_steps {alone[0]} for what compact needs {alone[-1]} for, without an overlap"
         )
-    else:
-        ddp = sent_per_step("ddp", question.blueprint, question.config, chosen.workers)
-        steps = math.ceil(chosen.sent_round / (COMMUNICATION_SHARE * ddp)) if ddp else 1
-        each = chosen.sent_round / (chosen.workers * batch * max(1, steps))
-        why = (
+        if alone[0] <= OFTEN:
+            steps, chosen = alone[0], on_wires[0]
+            wire = f"{OFTEN} local steps a round, or fewer, are often enough"
+    if chosen.computation is None or question.speed is None:
+        each = chosen.sent_round / (chosen.workers * batch * steps)
+        behind, overlap = 0, "how many steps hide an exchange, --flops tells"
+        link = (
             f"the fewest that send at most {100 * COMMUNICATION_SHARE:.0f} % of ddp's bytes per image: "
             f"{each / 1e3:,.1f} kB each (with --flops: by time)"
         )
-    return max(1, steps), why
+    else:
+        exchange = _exchange_in_steps(question, chosen)
+        behind, overlap = 0, f"{steps} local steps a round are often enough without"
+        if steps > OFTEN:
+            steps = next(n for n in count(1) if _is_small(exchange - n // BEHIND, n))
+            behind = min(math.ceil(exchange), steps // BEHIND)
+            overlap = (
+                f"an exchange takes as long as {exchange:,.1f} local steps; blocks are final in these, so at "
+                f"most one in {BEHIND}"
+            )
+        exposed = max(0.0, exchange - behind)
+        link = (
+            f"the fewest with at most {100 * COMMUNICATION_SHARE:.0f} % of a round's time for communication "
+            f"that no step hides: {100 * exposed / (exposed + steps):.1f} %"
+        )
+    return [
+        Advice("wire", chosen.wire, wire),
+        Advice("overlap_steps", behind, overlap),
+        Advice("local_steps", steps, link),
+    ]
+
+
+def _fewest_steps(question: Question, chosen: Prediction) -> int:
+    """ℓ for which communication is small, of the time or, where that is unknown, of ddp's bytes."""
+    if question.speed is not None:
+        exchange = _exchange_in_steps(question, chosen)
+        steps = math.ceil((1 / COMMUNICATION_SHARE - 1) * exchange)  # c ≤ s(c + ℓ)
+    else:
+        ddp = sent_per_step("ddp", question.blueprint, question.config, chosen.workers)
+        steps = math.ceil(chosen.sent_round / (COMMUNICATION_SHARE * ddp)) if ddp else 1
+    return max(1, steps)
+
+
+def _exchange_in_steps(question: Question, chosen: Prediction) -> float:
+    """A round's communication, in local steps that take as long."""
+    assert question.speed is not None
+    return chosen.communication * question.speed / chosen.multiply_adds
+
+
+def _is_small(exposed: float, steps: int) -> bool:
+    """Whether a round of so many steps spends little on what nothing hides, in steps too."""
+    return exposed <= COMMUNICATION_SHARE * (exposed + steps)
 
 
 def _largest_power_of_two(fits: Callable[[int], bool]) -> int:

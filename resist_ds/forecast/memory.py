@@ -11,30 +11,57 @@ from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
 from resist_ds.options.json_file import read
 from resist_ds.options.presets import PRESETS
+from resist_ds.protocol.coded import CHUNK
 from resist_ds.protocol.sync import MEAN_CHUNK
+
+AVERAGING = 8 * MEAN_CHUNK  # bytes of a sum in float64, on a CPU
+CODING = 24 * CHUNK  # bytes of what is written or read at a time, and on the way there
 
 
 def memory_of(
-    strategy: str, ranks: int, slots: int, usage: Usage, blueprint: Blueprint, config: Config, device: Device
+    strategy: str,
+    workers: int,
+    slots: int,
+    usage: Usage,
+    blueprint: Blueprint,
+    config: Config,
+    device: Device,
 ) -> dict[str, int]:
-    """The fields of a `Prediction` that are bytes of a rank."""
+    """The fields of a `Prediction` that are bytes of a rank, which plays one of the workers."""
     layout, size = StateLayout.of(blueprint, config, slots), itemsize(config)
     weights = (layout.shared.parameters + slots * layout.block.parameters) * size
     optimizer = layout.numel * size - weights
-    transit = sync = 0
+    held = _held(strategy, workers, weights, usage.gradients, optimizer)
+    step = _peak(strategy, workers, usage, sum(held), blueprint, config)
+    transit = kept = sync = 0
     if strategy in ("resist", "local_sgd"):
-        travelling = layout.block.exchanged(config.optimizer_state == "travel")
-        transit = max(min(config.transit_mib << 20, weights), travelling * size)
-        # averages are taken within the budget on a GPU
-        sync = usage.state + transit + (8 * MEAN_CHUNK if device == "cpu" else 0)
-    held = _held(strategy, ranks, weights, usage.gradients, optimizer)
+        travel = config.optimizer_state == "travel"
+        transit = max(min(config.transit_mib << 20, weights), layout.block.exchanged(travel) * size)
+        kept = _kept(layout, workers, config)
+        sync = usage.state + transit
+        if device == "cpu":  # on a GPU all this is in host memory, or within the budget
+            working = CODING if config.wire == "compact" and workers > 1 else AVERAGING
+            sync += kept + working
+            step += kept + (working if config.overlap_steps else 0)
     return {
         **dict(zip(("weights", "gradients", "optimizer"), held, strict=True)),
         "activations": usage.activations,
-        "step": _peak(strategy, ranks, usage, sum(held), blueprint, config),
+        "step": step,
         "transit": transit,
+        "kept": kept,
         "sync": sync,
     }
+
+
+def _kept(layout: StateLayout, workers: int, config: Config) -> int:
+    """Bytes that a worker keeps beside its vector for `--wire compact` and `--overlap_steps`."""
+    kept = 0
+    if config.wire == "compact" and workers > 1:  # the reference and the errors, float32
+        kept += 2 * 4 * layout.shared.matrices
+    if config.overlap_steps:  # what takes part, and of shared once more what was sent
+        sent = layout.shared.exchanged(config.optimizer_state == "travel")
+        kept += (layout.numel + sent) * itemsize(config)
+    return kept
 
 
 def _peak(strategy: str, ranks: int, usage: Usage, held: int, blueprint: Blueprint, config: Config) -> int:

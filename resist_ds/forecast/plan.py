@@ -6,6 +6,7 @@ residual block and on the root. One worker per rank everywhere. No communication
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from resist_ds.engines.timetable import mean_local_steps
 from resist_ds.errors import UserError
@@ -18,6 +19,8 @@ from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, slots_for
 
 STRATEGIES = tuple(name for name in ways.STRATEGIES if name != "stochastic_depth")  # that has one worker
+Wire = Literal["exact", "compact"]
+WIRES: tuple[Wire, ...] = ("exact", "compact")
 BY_FORMULA = tuple(name for name in STRATEGIES if ways.STRATEGIES[name].spread)
 
 
@@ -32,6 +35,7 @@ class Question:
         bandwidth: bytes a second that one rank can send.
         memory: bytes of a device.
         speed: multiply-adds a second that one device sustains in training, where the user knows it.
+        wires: to compare, for the strategies that synchronise once a round.
     """
 
     blueprint: Blueprint
@@ -42,6 +46,7 @@ class Question:
     memory: float
     speed: float | None = None
     device: Device = "cuda"
+    wires: tuple[Wire, ...] = WIRES
 
     def __post_init__(self) -> None:
         pool = self.blueprint.pool
@@ -55,10 +60,14 @@ class Question:
         """K of resist."""
         return slots_for(workers, self.blueprint.pool, self.config.min_blocks)
 
+    def wires_of(self, strategy: str, workers: int) -> tuple[Wire, ...]:
+        """That make a difference: one worker has nobody to write to, and gradients travel as they are."""
+        return self.wires if ways.STRATEGIES[strategy].averages and workers > 1 else ("exact",)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one strategy at one W, for one rank; bytes, where nothing else is said.
+    """Of one strategy at one W on one wire, for one rank; bytes, where nothing else is said.
 
     Attributes:
         parameters: elements that a rank holds, replicas counted.
@@ -67,13 +76,18 @@ class Prediction:
         activations: what the forward pass leaves for the backward pass.
         step: peak of a training step.
         transit: the exchange buffer, which stays allocated beside the step after the first round.
+        kept: beside a worker's state, for the wire and the overlap; in host memory where the device is a GPU,
+            else part of `step` and `sync`.
         sync: peak of a synchronisation, `transit` in it; 0 where there is none.
         multiply_adds: of a step; share: of those of the full net without activation checkpointing.
         sent_step, sent_round: by all ranks together.
-        communication, computation: seconds of a round, one after the other; None where the speed is unknown.
+        communication, computation: seconds of a round.
+        exposed: of communication the seconds that no step of `--overlap_steps` hides. Where the speed is
+            unknown computation is None, and so is this.
     """
 
     strategy: str
+    wire: Wire
     workers: int
     slots: int
     activation_checkpointing: bool
@@ -84,12 +98,14 @@ class Prediction:
     activations: int
     step: int
     transit: int
+    kept: int
     sync: int
     multiply_adds: int
     share: float
     sent_step: float
     sent_round: float
     communication: float
+    exposed: float | None
     computation: float | None
 
     @property
@@ -115,8 +131,14 @@ class Plan:
         least = min(map(question.slots, question.workers))
         self._footprints: dict[tuple[bool, bool], Footprints] = {}
         for checkpointing in (False, True):
-            # The length of rounds is not for ddp, and for no footprint.
-            config = replace(question.config, activation_checkpointing=checkpointing, local_steps_max=None)
+            # How rounds end is not for ddp, and for no footprint.
+            config = replace(
+                question.config,
+                activation_checkpointing=checkpointing,
+                wire="exact",
+                overlap_steps=0,
+                local_steps_max=None,
+            )
             place = (least, question.img_size, question.device)
             alone = Footprints(question.blueprint, replace(config, strategy="resist"), *place)
             lockstep = alone
@@ -124,10 +146,12 @@ class Plan:
                 lockstep = Footprints(question.blueprint, replace(config, strategy="ddp"), *place)
             self._footprints |= {(False, checkpointing): alone, (True, checkpointing): lockstep}
         self.predictions = [
-            self.predict(strategy, workers, activation_checkpointing=checkpointing)
+            self.predict(strategy, workers, wire=wire, activation_checkpointing=checkpointing)
             for checkpointing in (False, True)
             for strategy in STRATEGIES
+            for wire in WIRES
             for workers in question.workers
+            if wire in question.wires_of(strategy, workers)
         ]
 
     def predict(
@@ -135,6 +159,7 @@ class Plan:
         strategy: str,
         workers: int,
         *,
+        wire: Wire = "exact",
         slots: int | None = None,
         batch: int | None = None,
         activation_checkpointing: bool = False,
@@ -142,10 +167,12 @@ class Plan:
         """One prediction.
 
         Args:
+            wire: of a strategy that synchronises once a round.
             slots: K of resist, if it is not what W and `--min_blocks` make it.
             batch: images per worker, if not `--batch_size`.
         """
-        question, config, blueprint = self.question, self.question.config, self.question.blueprint
+        question, blueprint = self.question, self.question.blueprint
+        config = replace(question.config, wire=wire)
         batch = batch or config.batch_size
         if strategy != "resist":
             slots = blueprint.pool
@@ -162,11 +189,16 @@ class Plan:
         else:
             sent_step = sent_per_step(strategy, blueprint, config, workers)
             sent_round = sent_step * steps
-        seconds = None
+        communication = sent_round / workers / question.bandwidth
+        computation = exposed = None
         if question.speed:
-            seconds = usage.multiply_adds * steps / question.speed
+            step = usage.multiply_adds / question.speed
+            computation = steps * step
+            behind = config.overlap_steps if ways.STRATEGIES[strategy].averages else 0
+            exposed = max(0.0, communication - behind * step)
         return Prediction(
             strategy=strategy,
+            wire=wire,
             workers=workers,
             slots=slots,
             activation_checkpointing=activation_checkpointing,
@@ -178,9 +210,25 @@ class Plan:
             share=usage.multiply_adds / full.multiply_adds,
             sent_step=sent_step,
             sent_round=sent_round,
-            communication=sent_round / workers / question.bandwidth,
-            computation=seconds,
+            communication=communication,
+            exposed=exposed,
+            computation=computation,
         )
+
+
+class Expected(NamedTuple):
+    """Of a run, in bytes.
+
+    Attributes:
+        peak: of what a worker's step or exchange takes.
+        sent: by all ranks in a round.
+        kept: in host memory, by all of a rank's workers, for the wire and the overlap; 0 on a CPU, where it
+            is in `peak`.
+    """
+
+    peak: int
+    sent: float
+    kept: int
 
 
 def expected(
@@ -191,17 +239,18 @@ def expected(
     layout: Layout,
     img_size: int,
     device: Device,
-) -> tuple[int, float]:
-    """What a worker's step or exchange takes at its peak, and what all ranks send in a round, in bytes.
+) -> Expected:
+    """What a run will take.
 
     Args:
         config: of a strategy that is predicted: without `--deepspeed_config`, not stochastic_depth.
         slots, most: K, of whose rounds the bytes are, and the most in any round, of which the memory is.
     """
     usage = count_once(blueprint, config, most, img_size, device)
-    memory = memory_of(config.strategy, layout.ranks, most, usage, blueprint, config, device)
+    memory = memory_of(config.strategy, layout.workers, most, usage, blueprint, config, device)
     if config.way.lockstep:
         sent: float = config.local_steps * sent_per_step(config.strategy, blueprint, config, layout.ranks)
     else:
         sent = sent_per_round(blueprint, config, layout.workers, slots, layout)
-    return max(memory["step"] + memory["transit"], memory["sync"]), sent
+    kept = memory["kept"] * len(layout.workers_of(0)) if device == "cuda" else 0
+    return Expected(max(memory["step"] + memory["transit"], memory["sync"]), sent, kept)

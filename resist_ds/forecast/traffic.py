@@ -7,7 +7,7 @@ from statistics import fmean
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, plan_aggregate, plan_hand_off, sample_partition
+from resist_ds.protocol.partition import Layout, sample_partition
 from resist_ds.protocol.pieces import bytes_sent, groups_of
 
 DEALS = 21  # whose hand-offs the bytes of a round are the mean of: rounds differ by what happens to stay
@@ -27,10 +27,8 @@ def sent_per_round(
         for r in range(DEALS)
     ]
     where = where or Layout(workers, workers)
-    return fmean(
-        bytes_sent(groups, (plan_aggregate(now), plan_hand_off(now, then, where)), where, itemsize(config))
-        for now, then in pairwise(deals)
-    )
+    size = itemsize(config)
+    return fmean(bytes_sent(groups, now, then, where, size) for now, then in pairwise(deals))
 
 
 def sent_per_step(strategy: str, blueprint: Blueprint, config: Config, ranks: int) -> int:

@@ -239,19 +239,3 @@ def slice_length(moves: tuple[Move, ...], layout: Layout, numel: int, budget: in
         load[layout.rank_of(move.targets[0])] += 1
     length = budget // max(1, *load)
     return max(1, min(numel, max(multiple, length - length % multiple)))
-
-
-def elements_sent(now: Partition, then: Partition, layout: Layout, *, block: int, shared: int) -> int:
-    """Elements that leave a rank when `now` is synchronised and handed to `then`, over all ranks.
-
-    Args:
-        block, shared: elements of one pool block and of shared that take part.
-    """
-    chunks = [stop - start for start, stop in chunk_bounds(shared, now.workers)]
-    return sum(
-        size(move)
-        for plan in (plan_aggregate(now), plan_hand_off(now, then, layout))
-        for moves, size in ((plan.blocks, lambda _: block), (plan.shared, lambda move: chunks[move.piece]))
-        for move in moves
-        if layout.rank_of(move.source) != layout.rank_of(move.targets[0])
-    )

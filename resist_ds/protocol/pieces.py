@@ -4,6 +4,7 @@ On the exact wire there are two groups, pool blocks and chunks of shared, each p
 the compact wire every kind of number is a group of its own, so that all of a group is written alike.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,15 @@ from torch import Tensor
 from resist_ds.nets.subnet import PartLayout, StateLayout
 from resist_ds.options.config import Config
 from resist_ds.protocol import wire
-from resist_ds.protocol.partition import Exchange, Layout, Move, Partition, chunk_bounds
+from resist_ds.protocol.partition import (
+    Exchange,
+    Layout,
+    Move,
+    Partition,
+    chunk_bounds,
+    plan_aggregate,
+    plan_hand_off,
+)
 from resist_ds.protocol.wire import BLOCK, Code
 
 
@@ -117,12 +126,20 @@ def _chunks(
     )
 
 
-def bytes_sent(groups: tuple[Pieces, ...], plans: tuple[Exchange, ...], layout: Layout, itemsize: int) -> int:
-    """Bytes that leave a rank in these exchanges, over all ranks."""
+def bytes_sent(
+    groups: tuple[Pieces, ...], now: Partition, then: Partition, layout: Layout, itemsize: int
+) -> int:
+    """Bytes that leave a rank when `now` is synchronised and handed to `then`, over all ranks."""
+    plans = plan_aggregate(now), plan_hand_off(now, then, layout)
+
+    def crossings(of: Pieces) -> Counter[int]:
+        """How often each piece leaves a rank."""
+        moves = (move for plan in plans for move in of.moves(plan))
+        return Counter(m.piece for m in moves if layout.rank_of(m.source) != layout.rank_of(m.targets[0]))
+
+    times = {kind: crossings(of) for kind, of in {group.of: group for group in groups}.items()}
     return sum(
-        group.nbytes(group.lengths[move.piece], itemsize)
-        for plan in plans
+        number * group.nbytes(group.lengths[piece], itemsize)
         for group in groups
-        for move in group.moves(plan)
-        if layout.rank_of(move.source) != layout.rank_of(move.targets[0])
+        for piece, number in times[group.of].items()
     )

@@ -127,12 +127,13 @@ def _predicted(job: Job, slots: int, first: int) -> str | None:
     pool = job.blueprint.pool
     trained, most = (slots, max(slots, first)) if config.way.partitions else (pool, pool)
     try:
-        peak, sent = expected(job.blueprint, config, trained, most, job.layout, job.data.img_size, device)
+        found = expected(job.blueprint, config, trained, most, job.layout, job.data.img_size, device)
     except Exception as error:  # what torch cannot do without storage must not end a run that it can do
         return f"predicted: nothing, this net's step cannot be counted ({type(error).__name__})"
-    bytes_sent = f"{_megabytes(sent)} sent a round by all ranks" if comm.size > 1 else "nothing sent"
-    peak += job.data.on_gpu
-    return f"predicted: {peak / 2**20:,.0f} MiB of tensors at the peak of a step, {bytes_sent}"
+    bytes_sent = f"{_megabytes(found.sent)} sent a round by all ranks" if comm.size > 1 else "nothing sent"
+    peak = found.peak + job.data.on_gpu
+    kept = f", {found.kept / 2**20:,.0f} MiB a rank in host memory" if found.kept else ""
+    return f"predicted: {peak / 2**20:,.0f} MiB of tensors at the peak of a step{kept}, {bytes_sent}"
 
 
 def closing(

@@ -27,14 +27,16 @@ from resist_ds.engines.local import local_steps
 from resist_ds.engines.parallel import data_parallel
 from resist_ds.engines.spread import SpreadNet
 from resist_ds.forecast.advice import advice
-from resist_ds.forecast.footprint import Device, Footprints, count
-from resist_ds.forecast.plan import BY_FORMULA, STRATEGIES, Plan, Question
+from resist_ds.forecast.footprint import Device, Footprints, Usage, count
+from resist_ds.forecast.memory import AVERAGING, memory_of
+from resist_ds.forecast.plan import BY_FORMULA, STRATEGIES, Plan, Prediction, Question
 from resist_ds.forecast.traffic import sent_per_step
 from resist_ds.forecast.units import BANDWIDTHS, MEMORIES, SPEEDS, quantity
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, Subnet, Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition
+from resist_ds.protocol.sync import Synchroniser
 from tests import (
     ROOT,
     oracle,  # registers the narrow nets
@@ -237,9 +239,72 @@ def test_peaks_of_a_round(paper: Plan) -> None:
     assert ours.transit == 64 << 20
     assert ours.peak == ours.step + ours.transit
     assert ours.sync == pytest.approx(ours.weights + ours.optimizer + ours.transit, rel=0.02)
+    compact = paper.predict("resist", 4, wire="compact")  # keeps in host memory
+    assert replace(compact, wire="exact", kept=0, **sent_by(ours)) == ours
     small = plan_like(paper, config=replace(paper.question.config, transit_mib=1))
     block = StateLayout.of(paper.question.blueprint, paper.question.config, 1).block.numel
     assert small.predict("resist", 4).transit == 4 * block  # at least one, with its momentum
+
+
+def sent_by(of: Prediction) -> dict[str, Any]:
+    """What depends on the bytes."""
+    return {name: getattr(of, name) for name in ("sent_step", "sent_round", "communication", "exposed")}
+
+
+class Deaf:
+    """Rank 0 of two: what the other one sends is zeros."""
+
+    rank, size = 0, 2
+    device = buffer_device = CPU
+
+    def buffer(self, numel: int, like: Tensor) -> Tensor:
+        return torch.zeros(numel, dtype=like.dtype)
+
+    def exchange(self, sends: Any, receives: Any, kind: str) -> None:
+        for tensor, _ in receives:
+            tensor.zero_()
+
+
+@pytest.mark.parametrize("wire", ["exact", "compact"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_peak_of_a_synchronisation_is_that_of_a_real_one(wire: Any, optimizer: Any) -> None:
+    """On a CPU, where what the compact wire keeps is part of it."""
+    config = Config(model="preact_resnet101", optimizer=optimizer, wire=wire)
+    blueprint = Blueprint(config.model, 10)
+    now, then = (sample_partition(0, r, workers=2, pool=blueprint.pool) for r in (0, 1))
+    state = StateLayout.of(blueprint, config, now.slots)
+    vectors = {0: torch.rand(state.numel)}
+    given: dict[str, Any] = {"budget": config.transit_mib << 20, "travel": True, "vectors": vectors}
+    deaf: Any = Deaf()
+    sync = Synchroniser(deaf, Layout(2, 2), state, blueprint.pool, compact=config.wire == "compact", **given)
+    kept = sync.differences.nbytes if sync.differences else 0
+    beside = [] if not kept else [*sync.differences.reference.values(), *sync.differences.error.values()]  # type: ignore[union-attr]
+    with Live(*vectors.values(), *beside) as live:
+        sync.aggregate(vectors, now)
+        sync.hand_off(vectors, now, then)
+    usage = Usage(vectors[0].nbytes, 0, 0, (0, 0, 0), (0, 0, 0), 0)
+    memory = memory_of("resist", 2, now.slots, usage, blueprint, config, "cpu")
+    assert memory["kept"] == kept and (kept > 0) == (wire == "compact")
+    assert memory["sync"] == pytest.approx(live.peak, rel=2e-3)
+
+
+def test_an_overlap_keeps_two_copies_and_hides_its_steps(paper: Plan) -> None:
+    config = replace(paper.question.config, overlap_steps=3)
+    timed = {"speed": 1e12, "config": config}
+    here, there = (
+        plan_like(paper, device=device, **timed).predict("resist", 4) for device in ("cpu", "cuda")
+    )
+    layout = StateLayout.of(paper.question.blueprint, config, there.slots)
+    assert here.kept == there.kept == 4 * (layout.numel + layout.shared.numel)
+    alone = plan_like(paper, device="cpu", speed=1e12).predict("resist", 4)
+    assert here.sync == alone.sync + here.kept
+    assert here.step == alone.step + here.kept + AVERAGING  # an average is taken beside it
+    assert there.step == alone.step
+    assert here.exposed == pytest.approx(here.communication - 3 * here.multiply_adds / 1e12)
+    assert 0 < here.exposed < alone.exposed == alone.communication == here.communication  # type: ignore[operator]
+    faster = plan_like(paper, bandwidth=1e12, **timed).predict("resist", 4)
+    assert faster.exposed == 0 and paper.predict("resist", 4).exposed is None
+    assert plan_like(paper, **timed).predict("ddp", 4).kept == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,8 +335,10 @@ def train_each(comm: Comm, options: list[dict[str, Any]]) -> None:
 def test_bytes_are_those_of_the_ledger(workers: int, ranks: Ranks, tmp_path: Path) -> None:
     state = {strategy: "reset" if strategy == "resist" and workers == 3 else "travel" for strategy in COUNTED}
     seldom = {"eval_every": 0, "checkpoint_every": 0, "rounds": 20, "local_steps": 2, "workers": workers}
+    wire = {strategy: "compact" if strategy == "resist" and workers == 4 else "exact" for strategy in COUNTED}
     runs = [
-        {"strategy": s, "optimizer_state": state[s], "output_dir": str(tmp_path / s)} | seldom
+        {"strategy": s, "optimizer_state": state[s], "wire": wire[s], "output_dir": str(tmp_path / s)}
+        | seldom
         for s in COUNTED
     ]
     ranks(train_each, workers, runs)
@@ -280,7 +347,7 @@ def test_bytes_are_those_of_the_ledger(workers: int, ranks: Ranks, tmp_path: Pat
         sent = [line["comm/bytes_round"] for line in lines if line["kind"] == "round"]
         config = Config(model=BASIC, local_steps=2, optimizer_state=state[strategy])  # type: ignore[arg-type]
         plan = plan_like(tiny(), config=config, workers=(workers,))
-        predicted = plan.predict(strategy, workers)
+        predicted = plan.predict(strategy, workers, wire=wire[strategy])  # type: ignore[arg-type]
         assert len(sent) == 20 and predicted.sent_round == pytest.approx(sum(sent) / 20, rel=0.01)
         assert predicted.sent_step == predicted.sent_round / 2
         assert predicted.communication == predicted.sent_round / workers / 125e6
@@ -349,11 +416,15 @@ def test_nothing_is_advised_where_nothing_fits(paper: Plan) -> None:
 
 def test_local_steps_are_the_fewest_that_the_link_allows(paper: Plan) -> None:
     ample = plan_like(paper, memory=1e11)
-    asked = advised(ample)["local_steps"]
-    ours, ddp = ample.predict("resist", 8), ample.predict("ddp", 8)
+    options = advised(ample)
+    asked = options["local_steps"]
+    assert (options["wire"], options["overlap_steps"]) == ("compact", 0)
+    ours, ddp = ample.predict("resist", 8, wire="compact"), ample.predict("ddp", 8)
     assert ours.sent_round / asked <= 0.1 * ddp.sent_step < ours.sent_round / (asked - 1)
-    timed = plan_like(ample, speed=1e13)
-    asked, ours = advised(timed)["local_steps"], timed.predict("resist", 8)
+    timed = plan_like(ample, speed=1e13, wires=("exact",), bandwidth=2e10)
+    options, ours = advised(timed), timed.predict("resist", 8)
+    asked = options["local_steps"]
+    assert (options["wire"], options["overlap_steps"]) == ("exact", 0) and 1 < asked <= 5
     assert ours.computation == pytest.approx(50 * ours.multiply_adds / 1e13)
     for number, enough in ((asked, True), (asked - 1, False)):
         local = number * ours.multiply_adds / 1e13
@@ -374,6 +445,28 @@ def test_rounds_that_grow_count_by_their_mean(paper: Plan) -> None:
         assert found.sent_round / plain.sent_round == pytest.approx(longer)
         assert found.sent_step / plain.sent_step == pytest.approx(fewer)
     assert advised(plan_like(growing, memory=1e11)) == advised(plan_like(timed, memory=1e11))
+
+
+@pytest.mark.parametrize("bandwidth", [1e7, 1e8, 1e9, 3e9, 1e10, 1e11, 1e12])
+def test_a_slower_link_asks_for_the_compact_wire_then_for_an_overlap(paper: Plan, bandwidth: float) -> None:
+    """Whatever it is, little of a round is waited for, and one local step fewer would not do."""
+    speed = 1e13
+    plan = plan_like(paper, memory=1e11, speed=speed, bandwidth=bandwidth)
+    options = advised(plan)
+    steps, behind = options["local_steps"], options["overlap_steps"]
+    exact, ours = (plan.predict("resist", 8, wire=wire) for wire in ("exact", options["wire"]))
+
+    def waited(of: Prediction, steps: int, behind: int) -> float:
+        """Share of a round."""
+        step = of.multiply_adds / speed
+        exposed = max(0.0, of.communication - behind * step)
+        return exposed / (exposed + steps * step)
+
+    assert (options["wire"] == "exact") == (waited(exact, 5, 0) <= 0.1)
+    assert waited(ours, steps, behind) <= 0.1 and behind <= steps // 5
+    assert (behind == 0) == (waited(ours, 5, 0) <= 0.1)
+    fewer = steps - 1
+    assert fewer == 0 or waited(ours, fewer, fewer // 5 if behind else 0) > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,11 +497,11 @@ def test_what_is_printed_is_what_is_written(call: Any, tmp_path: Path) -> None:
     assert ", 50 to 500 local steps a round, 90.9 in the mean by --schedule step, " in done.out
     written = json.loads(file.read_text())
     rows = written["rows"]
-    assert len(rows) == 2 * 7 * 2 and written["predicted"] is True
+    assert len(rows) == 2 * 9 * 2 and written["predicted"] is True
     assert {(row["strategy"], row["workers"]) for row in rows} == {(s, w) for s in STRATEGIES for w in (2, 4)}
-    assert [row["by_formula"] for row in rows[::2]] == [False] * 3 + [True] * 4 + [False] * 3 + [True] * 4
+    assert [row["by_formula"] for row in rows[::2]] == 2 * ([False] * 5 + [True] * 4)
     lines = [line for line in done.out.splitlines() if line.startswith(("resist ", "zero3* "))]
-    assert len(lines) == 8
+    assert len(lines) == 12
     chosen = next(r for r in rows if r["strategy"] == "resist" and r["workers"] == 4)
     assert f"{chosen['peak_bytes'] / 2**20:,.0f}" in lines[1]
     assert f"{chosen['sent_round_bytes'] / 1e6:,.1f}" in lines[1]
@@ -440,6 +533,8 @@ GOOD = ("preact_resnet_small", "--workers", "2", "--batch_size", "8")
         ((*GOOD, "--bandwidth", "10gib"), "--bandwidth is '10gib'"),
         ((*GOOD, "--memory", "0gib"), "--memory is '0gib'"),
         ((*GOOD, "--flops", "fast"), "--flops is 'fast'"),
+        ((*GOOD, "--wire", "exact,short"), "--wire is 'exact,short': type exact, compact, or exact,compact"),
+        ((*GOOD, "--overlap_steps", "50"), "--overlap_steps is 50: type less than --local_steps 50"),
         ((*GOOD, "--optimizer", "lion"), "argument --optimizer: invalid choice: 'lion'"),
         ((*GOOD, "--speed"), "unrecognized arguments: --speed"),
         (GOOD[:3], "the following arguments are required: --batch_size"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,8 @@ from resist_ds.comm import Comm, Ledger
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import OptimizerState, PartLayout, StateLayout
 from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, Partition, chunk_bounds, elements_sent, sample_partition
+from resist_ds.protocol.partition import Layout, Partition, chunk_bounds, sample_partition
+from resist_ds.protocol.pieces import bytes_sent, exact_groups, groups_of
 from resist_ds.protocol.sync import Synchroniser
 from resist_ds.telemetry.records import Telemetry
 from resist_ds.trainer import Trainer
@@ -204,21 +206,56 @@ class Book:
         return {piece: _mean(of) for piece, of in values.items()}
 
     def bytes(self, now: Partition, then: Partition, layout: Layout, itemsize: int) -> int:
-        """What has to cross between ranks: each holder's piece to the owner, then one copy to each rank."""
+        """What has to cross between ranks."""
+        chunks = [stop - start for start, stop in chunk_bounds(self.shared, layout.workers)]
+        return itemsize * crossing(now, then, layout, self.block, chunks)
 
-        def crossings(owner: int, holders: Iterable[int], heirs: Iterable[int]) -> int:
-            home = layout.rank_of(owner)
-            sent = sum(layout.rank_of(holder) != home for holder in holders)
-            return sent + len({layout.rank_of(heir) for heir in heirs} - {home})
 
-        everyone = range(layout.workers)
-        elements = 0
-        for block, owner in enumerate(now.owners):
-            heirs = [w for w in everyone if block in then.blocks[w]]
-            elements += self.block * crossings(owner, [w for w in everyone if block in now.blocks[w]], heirs)
-        for worker, (start, stop) in enumerate(chunk_bounds(self.shared, layout.workers)):
-            elements += (stop - start) * crossings(worker, everyone, everyone)
-        return elements * itemsize
+def crossing(now: Partition, then: Partition, layout: Layout, block: int, chunks: Sequence[int]) -> int:
+    """Each holder's piece goes to the owner, then one copy to each rank: their sizes, over all ranks.
+
+    Args:
+        block, chunks: sizes of a pool block, and of each chunk of shared.
+    """
+
+    def crossings(owner: int, holders: Iterable[int], heirs: Iterable[int]) -> int:
+        home = layout.rank_of(owner)
+        sent = sum(layout.rank_of(holder) != home for holder in holders)
+        return sent + len({layout.rank_of(heir) for heir in heirs} - {home})
+
+    everyone = range(layout.workers)
+    total = 0
+    for b, owner in enumerate(now.owners):
+        heirs = [w for w in everyone if b in then.blocks[w]]
+        total += block * crossings(owner, [w for w in everyone if b in now.blocks[w]], heirs)
+    return total + sum(size * crossings(w, everyone, everyone) for w, size in enumerate(chunks))
+
+
+def compact_bytes(state: StateLayout, travel: bool, now: Partition, then: Partition, layout: Layout) -> int:
+    """The same on the compact wire: a byte a number and four for 256, two a number of blocks, or all four."""
+
+    def rows(part: PartLayout, parameters: Callable[[int], int]) -> list[tuple[int, Callable[[int], int]]]:
+        """(elements, bytes of so many) of what is written alike."""
+        matrices = sum(-(-math.prod(shape) // 32) * 32 for _, shape in part.shapes if len(shape) > 1)
+        kinds = [parameters, *([scaled] * len(part.state.vectors) if travel else [])]
+        found = [(matrices, kind) for kind in kinds]
+        found += [(part.parameters - matrices, as_it_is)] * len(kinds)
+        counters = part.numel - part.parameters * (1 + len(part.state.vectors))
+        return [*found, (counters if travel else 0, as_it_is)]
+
+    def scaled(n: int) -> int:
+        return n + 4 * -(-n // 256)
+
+    def as_it_is(n: int) -> int:
+        return 4 * n
+
+    block = sum(size(n) for n, size in rows(state.block, lambda n: 2 * n))
+    chunks = [0] * layout.workers
+    for n, size in rows(state.shared, scaled):
+        step = math.ceil(n / layout.workers / 256) * 256
+        for c in range(layout.workers):
+            chunks[c] += size(min(n, (c + 1) * step) - min(n, c * step))
+    return crossing(now, then, layout, block, chunks)
 
 
 def _mean(values: list[np.ndarray]) -> np.ndarray:
@@ -312,9 +349,8 @@ def test_a_synchronisation_is_means_over_holders_brought_to_the_next_ones(s: Sit
     rounds = list(itertools.pairwise(s.deals))
     sent = sum(comm.ledger.total() for comm in comms)
     assert sent == sum(book.bytes(now, then, layout, itemsize) for now, then in rounds)
-    assert sent == itemsize * sum(
-        elements_sent(now, then, layout, block=book.block, shared=book.shared) for now, then in rounds
-    )
+    groups = exact_groups(s.state, s.deals[0].pool, len(workers), s.travel)
+    assert sent == sum(bytes_sent(groups, now, then, layout, itemsize) for now, then in rounds)
     for comm in comms:
         assert comm.most <= max(s.budget, itemsize * book.block), "more in transit than the budget"
 
@@ -395,7 +431,9 @@ def assert_ledger(lines: list[dict[str, Any]], ranks: int, config: Config) -> No
     """The bytes of every round are those of its plan, to the last one."""
     assert config.workers and config.rounds
     blueprint = Blueprint(config.model, 10)
-    book = Book.of(StateLayout.of(blueprint, config, 1), config.optimizer_state == "travel")
+    state, travel = StateLayout.of(blueprint, config, 1), config.optimizer_state == "travel"
+    book = Book.of(state, travel)
+    groups = groups_of(state, config, blueprint.pool, config.workers)
     options = {"workers": config.workers, "pool": blueprint.pool, "min_blocks": config.min_blocks}
     deals = [sample_partition(config.seed, r, **options) for r in range(config.rounds + 1)]
     layout, itemsize = Layout(config.workers, ranks), getattr(torch, config.dtype).itemsize
@@ -406,9 +444,11 @@ def assert_ledger(lines: list[dict[str, Any]], ranks: int, config: Config) -> No
         if line["kind"] == "round":
             now, then = deals[line["round"] - 1 : line["round"] + 1]
             sent = line["comm/bytes_round"]
-            assert sent == book.bytes(now, then, layout, itemsize) > 0
-            plan = elements_sent(now, then, layout, block=book.block, shared=book.shared)
-            assert sent == itemsize * plan
+            if config.wire == "compact":
+                assert sent == compact_bytes(state, travel, now, then, layout) > 0
+            else:
+                assert sent == book.bytes(now, then, layout, itemsize) > 0
+            assert sent == bytes_sent(groups, now, then, layout, itemsize)
             total += sent
         if line["kind"] == "eval":
             total += line["comm/bytes_eval"]
@@ -448,6 +488,9 @@ def test_without_a_learning_rate_no_bit_changes(
         (2, {"optimizer_state": "reset", "dtype": "float64"}),
         (3, {"optimizer": "adamw", "min_blocks": 5}),
         (4, {"optimizer_state": "reset", "min_blocks": 3}),
+        (2, {"wire": "compact", "workers": 5, "optimizer_state": "reset"}),
+        (3, {"wire": "compact", "workers": 4, "optimizer": "adamw", "min_blocks": 5}),
+        (4, {"wire": "compact", "rounds": 5}),
     ],
 )
 def test_the_ledger_is_the_plan(ranks: Any, tmp_path: Path, size: int, options: dict[str, Any]) -> None:

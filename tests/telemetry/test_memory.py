@@ -15,8 +15,10 @@ from timm.models.resnet import BasicBlock, ResNet
 from resist_ds.comm import Comm
 from resist_ds.memory import PeakMemory
 from resist_ds.nets.blueprint import Blueprint
+from resist_ds.nets.subnet import StateLayout
 from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, elements_sent, sample_partition
+from resist_ds.protocol.partition import Layout, sample_partition
+from resist_ds.protocol.pieces import bytes_sent, exact_groups
 from resist_ds.state.checkpoint import Checkpoint
 from resist_ds.state.export import export
 from resist_ds.telemetry.meter import Meter
@@ -125,11 +127,12 @@ def test_the_full_training_state_exceeds_a_cap_that_the_run_keeps(ranks: Ranks, 
             assert 0 < line["eval/loss"] < 10 and line["comm/bytes_eval"] > 0
         if line["kind"] == "checkpoint":  # parameters and momentum, little else
             assert line["save/bytes"] == pytest.approx(8 * blueprint.parameters, rel=0.01)
+    layout = StateLayout.of(blueprint, Config(), SLOTS)
+    groups = exact_groups(layout, blueprint.pool, W, travel=True)
     for r, metrics in enumerate(line for line in lines if line["kind"] == "round"):
         assert metrics["mem/params_held"] == blueprint.parameters_held(SLOTS)
         now, then = (sample_partition(0, at, workers=W, pool=blueprint.pool) for at in (r, r + 1))
-        with_momentum = 8 * elements_sent(now, then, Layout(W, W), block=block, shared=shared)
-        assert metrics["comm/bytes_round"] == pytest.approx(with_momentum, rel=1e-3)
+        assert metrics["comm/bytes_round"] == bytes_sent(groups, now, then, Layout(W, W), parameter)
 
 
 def export_under_a_cap(comm: Comm, checkpoint: Path, out: Path, allowance: int) -> str:

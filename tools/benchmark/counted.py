@@ -3,24 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from resist_ds.comm import Comm
-from resist_ds.nets.blueprint import Blueprint, Shapes
+from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import OptimizerState, StateLayout
 from resist_ds.options.config import Config
-from resist_ds.protocol.partition import (
-    Layout,
-    Partition,
-    elements_sent,
-    plan_aggregate,
-    plan_hand_off,
-    sample_partition,
-    slots_for,
-)
+from resist_ds.protocol.partition import Layout, sample_partition, slots_for
 from resist_ds.protocol.pieces import bytes_sent, groups_of
 
 CLASSES = 10  # of the synthetic data
@@ -79,45 +72,21 @@ def held_bytes(blueprint: Blueprint, config: Config, slots: int) -> int:
 def moved_bytes(blueprint: Blueprint, config: Config) -> int:
     """The fewest bytes between the ranks, one worker each, in a round; mean over the measured rounds.
 
-    A ring all-reduce of what is averaged, once a round or (gradients) at every step; and, of a partitioned
-    net, each pool block straight from its holders to its owner and on to its next holders. On the compact
-    wire the same moves, in as few bytes as it writes them.
+    Of gradients a ring all-reduce at every step. Of what is averaged once a round as much, for shared, and
+    each pool block straight from its holders to its owner and on to its next holders, on the run's wire.
     """
     assert config.workers is not None and config.rounds is not None
-    if config.wire == "compact":
-        return _compact_bytes(blueprint, config)
-    workers, itemsize = config.workers, _itemsize(config)
-    kinds = 1 + (len(OptimizerState.of(config).vectors) if config.optimizer_state == "travel" else 0)
-    if config.way.partitions:
-        block, shared = _numel(blueprint.block) * kinds, _numel(blueprint.shared) * kinds
-        alone = Layout(workers, workers)
-        deals = pairwise(_deals(blueprint, config))
-        blocks = [elements_sent(now, then, alone, block=block, shared=0) for now, then in deals]
-        return (2 * (workers - 1) * shared + sum(blocks) // len(blocks)) * itemsize
-    times = config.local_steps if config.way.lockstep else kinds
-    return 2 * (workers - 1) * blueprint.parameters * times * itemsize
-
-
-def _compact_bytes(blueprint: Blueprint, config: Config) -> int:
-    assert config.workers is not None
-    alone = Layout(config.workers, config.workers)
-    state = StateLayout.of(blueprint, config, slots=1)
-    groups = groups_of(state, config, blueprint.pool, config.workers)
-    moved = [
-        bytes_sent(groups, (plan_aggregate(now), plan_hand_off(now, then, alone)), alone, _itemsize(config))
-        for now, then in pairwise(_deals(blueprint, config))
-    ]
-    return sum(moved) // len(moved)
-
-
-def _deals(blueprint: Blueprint, config: Config) -> list[Partition]:
-    """Those of the measured rounds, and the one after."""
-    assert config.workers is not None
-    rounds, least = measured_rounds(config), config.least_blocks(blueprint.pool)
-    return [
-        sample_partition(config.seed, r, workers=config.workers, pool=blueprint.pool, min_blocks=least)
+    workers, itemsize, pool = config.workers, _itemsize(config), blueprint.pool
+    if config.way.lockstep:
+        return 2 * (workers - 1) * blueprint.parameters * config.local_steps * itemsize
+    groups = groups_of(StateLayout.of(blueprint, config, slots=1), config, pool, workers)
+    rounds, least = measured_rounds(config), config.least_blocks(pool)
+    deals = [
+        sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=least)
         for r in (*rounds, rounds.stop)
     ]
+    alone = Layout(workers, workers)
+    return round(fmean(bytes_sent(groups, now, then, alone, itemsize) for now, then in pairwise(deals)))
 
 
 def measured_rounds(config: Config) -> range:
@@ -129,10 +98,6 @@ def measured_rounds(config: Config) -> range:
     assert config.rounds is not None
     rounds = config.rounds - bool(config.overlap_steps)
     return range(min(1, rounds - 1), rounds)
-
-
-def _numel(shapes: Shapes) -> int:
-    return sum(math.prod(shape) for _, shape in shapes)
 
 
 def _itemsize(config: Config) -> int:
