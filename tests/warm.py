@@ -26,8 +26,8 @@ for name in (  # after DeepSpeed's environment is set
 report.SHORT = 0
 report.expected = lambda *args: (0, 0.0)
 
-# Most ranks train one of two nets from the same initial values and copy them: to draw them takes half the
-# time of a short run. tests/nets/test_blueprint.py draws in its own process, and ranks draw those of other nets.
+# Most ranks train one of two nets from the same initial values and copy them: to draw them takes half of a
+# short run. tests/nets/test_blueprint.py draws in its own process, and ranks draw those of other nets.
 draw_shared, draw_block = Blueprint.initial_shared, Blueprint.initial_block
 drawn: dict[tuple[str, int, int, int | None], dict[str, torch.Tensor]] = {}
 for net in (Blueprint("preact_resnet_small", 10), Blueprint(saved.OPTIONS["model"], 10)):
