@@ -28,12 +28,16 @@ report.expected = lambda *args: (0, 0.0)
 
 # Most ranks train one of two nets from the same initial values and copy them: to draw them takes half of a
 # short run. tests/nets/test_blueprint.py draws in its own process, and ranks draw those of other nets.
+# On one thread: a process that has computed with several cannot be forked, its ranks would wait for the others.
+threads = torch.get_num_threads()
+torch.set_num_threads(1)
 draw_shared, draw_block = Blueprint.initial_shared, Blueprint.initial_block
 drawn: dict[tuple[str, int, int, int | None], dict[str, torch.Tensor]] = {}
 for net in (Blueprint("preact_resnet_small", 10), Blueprint(saved.OPTIONS["model"], 10)):
     drawn[net.name, net.num_classes, 0, None] = net.initial_shared(0)
     for number in range(net.pool):
         drawn[net.name, net.num_classes, 0, number] = net.initial_block(0, number)
+torch.set_num_threads(threads)
 
 
 def initial_shared(self: Blueprint, seed: int) -> dict[str, torch.Tensor]:
