@@ -28,7 +28,7 @@ report.expected = lambda *args: (0, 0.0)
 
 # Most ranks train one of two nets from the same initial values and copy them: to draw them takes half of a
 # short run. tests/nets/test_blueprint.py draws in its own process, and ranks draw those of other nets.
-# On one thread: a process that has computed with several cannot be forked, its ranks would wait for the others.
+# On one thread: forked from a process that has computed with several, ranks would wait for the others.
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
 draw_shared, draw_block = Blueprint.initial_shared, Blueprint.initial_block
