@@ -25,9 +25,13 @@ install: $(STAMP)
 demo: install
 	$(BIN)/python tools/demo.py
 
-# Two files at a time, since many tests leave a core idle; a file's tests stay together and in order.
+# Two files at a time, since many tests leave a core idle; a file's tests stay together and in order, the files
+# in that of tests/conftest.py. Compiled once, even where Python is told to write no bytecode: the tests start
+# many hundred processes.
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test tests: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m compileall -q resist_ds tests tools
+	$(TESTS)
 
 # Other kernels round otherwise: no test may hang on that. Not part of `make test`, since its results are of the tests.
 portable: install
@@ -42,7 +46,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy resist_ds
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TESTS)
 
 bench: install
 	$(BIN)/python tools/bench.py

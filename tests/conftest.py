@@ -8,6 +8,7 @@ import queue
 import signal
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # A script's background job inherits deaf ears for SIGINT, and so would all that the tests signal.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that may take long, as their time-outs say, come first, then those of many tests.
+
+    So the last ones leave no core idle for long; `--no-loadscope-reorder` has pytest-xdist keep this order.
+    """
+    patience: dict[Path, float] = {}
+    for item in items:
+        asked = item.get_closest_marker("timeout")
+        patience[item.path] = max(patience.get(item.path, 0.0), asked.args[0] if asked else 0.0)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-patience[item.path], -tests[item.path], item.path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

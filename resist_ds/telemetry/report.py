@@ -172,6 +172,10 @@ def closing(
     state = "with momentum" if job.config.optimizer_state == "travel" else "momentum stays behind"
     if way.lockstep:
         state = "gradients, and parameters where they are spread"
+    in_front = ""
+    if way.averages:
+        each, waited = (seconds / totals.rounds for seconds in (totals.seconds_sync, totals.seconds_exposed))
+        in_front = f"; {each:.2f} s to synchronise, of which {waited:.2f} s in front of everybody"
     lines = [
         _table(rows),
         f"peaks are those of the rank ({where}); "
@@ -186,16 +190,13 @@ def closing(
         "bytes a round: none, there was one rank"
         if layout.ranks == 1
         else f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
-        f"{layout.ranks} ranks",
+        f"{layout.ranks} ranks{in_front}",
     ]
     if layout.workers > 1 and job.config.strategy == "resist":
         lines.append(
             f"  planned for one worker per rank: {_megabytes(ours)}, local SGD {_megabytes(local_sgd)} "
             f"({100 * ours / local_sgd:.0f} %)"
         )
-    if way.averages and totals.rounds:
-        each, exposed = (seconds / totals.rounds for seconds in (totals.seconds_sync, totals.seconds_exposed))
-        lines.append(f"synchronisation: {each:.3f} s a round, of which everybody waited for {exposed:.3f} s")
     if totals.skipped:
         lines.append(f"dropped for NaN or Inf: {_count(totals.skipped, 'round')} of a worker")
     if totals.unreadable:

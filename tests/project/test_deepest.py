@@ -44,10 +44,11 @@ def test_predictions_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """A net of three times as many blocks, counted, is where the line through two smaller ones says."""
     config = Config(model=deepest.MODEL, workers=4, batch_size=2)
     arm = ("fsdp", True)
-    monkeypatch.setattr(deepest, "COUNTED", (2, 4))
-    line = deepest.predicted(config)(arm, 6)
-    monkeypatch.setattr(deepest, "COUNTED", (6, 4))
-    assert line == pytest.approx(deepest.predicted(config)(arm, 6), rel=1e-3)
+    takes = deepest.predicted(config)  # which counts a net once
+    monkeypatch.setattr(deepest, "COUNTED", (1, 2))
+    line = takes(arm, 3)
+    monkeypatch.setattr(deepest, "COUNTED", (3, 2))
+    assert line == pytest.approx(takes(arm, 3), rel=1e-3)
 
 
 def measured(comm: Comm, blocks: int) -> float:

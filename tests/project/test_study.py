@@ -36,6 +36,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.timeout(240)
 def test_a_study_goes_on_and_reports_its_runs(images: Path, tmp_path: Path) -> None:
     small = (
         "--img_size",

@@ -121,7 +121,7 @@ def expect(outcomes: list[Outcome], code: int, line: str) -> None:
 FAMILIES = (
     "Models that can: resnetv2_18, resnetv2_34, resnetv2_50, resnetv2_101, resnetv2_152, "
     "resnet50, resnet101, resnet152, "
-    "preact_resnet101, preact_resnet152, preact_resnet200, preact_resnet_small, "
+    "preact_resnet101, preact_resnet152, preact_resnet200, preact_resnet_small, preact_resnet101_narrow, "
     "and timm nets built of the same blocks."
 )
 

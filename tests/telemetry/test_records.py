@@ -279,7 +279,11 @@ def test_the_closing_lines_state_accuracy_and_bytes(run: Run) -> None:
     accuracy, best = run.summary["eval/accuracy"], run.summary["eval/best_accuracy"]
     assert f"global model: {100 * accuracy:.2f} % test accuracy (best {100 * best:.2f} %)" in closing
     mean = sum(r["comm/bytes_round"] for r in run.rounds) / len(run.rounds)
-    assert f"bytes a round (with momentum): {mean / 1e6:,.1f} MB measured between 2 ranks" in closing
+    assert f"bytes a round (with momentum): {mean / 1e6:,.1f} MB measured between 2 ranks; " in closing
+    each, waited = (
+        sum(r[f"perf/{k}_s"] for r in run.rounds) / len(run.rounds) for k in ("sync", "sync_exposed")
+    )
+    assert f"; {each:.2f} s to synchronise, of which {waited:.2f} s in front of everybody" in closing
     planned = re.search(r"one worker per rank: ([\d.]+) MB, local SGD ([\d.]+) MB \((\d+) %\)", closing)
     assert planned is not None
     ours, local_sgd, share = map(float, planned.groups())
