@@ -184,12 +184,14 @@ class Checkpoint:
         Whether there are errors follows from the options; whether the last exchange ran behind local steps,
         the index says.
         """
-        config, kinds, there = self.state.config, [], set()
+        config = self.state.config
+        kinds = []
         if config.get("wire") == "compact" and self.state.workers > 1:
             kinds.append("error")
-        if config.get("overlap_steps") and status(self.folder / index_name(WORKERS)) is not None:
-            there = {name.rpartition(".")[2] for name in self._index(WORKERS)["weight_map"]}
-        return tuple(kinds + ["shared"] * ("shared" in there))
+        there = config.get("overlap_steps") and status(self.folder / index_name(WORKERS)) is not None
+        if there and any(name.endswith(".shared") for name in self._index(WORKERS)["weight_map"]):
+            kinds.append("shared")
+        return tuple(kinds)
 
     def shared(self) -> Piece:
         """(timm name, {"parameter" or state name: tensor}) of the shared part, read one by one."""

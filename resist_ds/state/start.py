@@ -173,7 +173,7 @@ class Start:
         checkpoint, config = self._checkpoint, self._config
         if checkpoint is None:
             return
-        same_order = checkpoint.state.config["channels_last"] == config.channels_last
+        same_order = checkpoint.state.config.get("channels_last") == config.channels_last
         alike = checkpoint.state.workers == workers and same_order
         same_state = checkpoint.optimizer == OptimizerState.carried(config)
         fits = {
