@@ -41,7 +41,7 @@ from resist_ds.state.run_state import config_to_keep
 from resist_ds.state.start import Start
 
 OPTIONS = (  # those of train.py that mean something without its loop
-    *("workers", "min_blocks", "warmup_rounds", "strategy", "optimizer_state", "transit_mib"),
+    *("workers", "min_blocks", "warmup_rounds", "strategy", "wire", "optimizer_state", "transit_mib"),
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "dtype", "channels_last", "cpu_threads"),
     *("from_pretrained", "download", "activation_checkpointing"),
     *("eval_batch_size", "eval_memory", "calibration_samples"),

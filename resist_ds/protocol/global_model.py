@@ -64,7 +64,6 @@ class GlobalModel:
         dtype = getattr(torch, config.dtype)
         self.statistics = comm.agree(lambda: start.statistics(blueprint, dtype))
         self.statistics_round = start.state.statistics_round if start.state else None
-        start.close()
         self.sync = Synchroniser(
             comm,
             layout,
@@ -79,6 +78,8 @@ class GlobalModel:
         travel = config.optimizer_state == "travel"
         self.overlap = Overlap(comm, self.sync, self.workers.layout, travel=travel)
         self.ahead: dict[int, Tensor] = {}
+        comm.agree(lambda: self._take_up(start))
+        start.close()
 
     def partition(self, round: int) -> Partition:
         """Who holds what in a round."""
@@ -204,13 +205,32 @@ class GlobalModel:
             config_hash=config_hash(options),
             versions=versions(),
         )
-        saver.start(state, self._owned(), self.statistics)
+        saver.start(state, self._owned(), self.statistics, self._kept())
 
     def _owned(self) -> StateDict:
         """The partitioned state dict: of shared, what all workers have agreed on. Collective: all ranks."""
         if self.ahead:
             return owned(self.blueprint, self.workers.layout, self.overlap.vectors, self.deal)
         return self.workers.owned(self.deal)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """{"<worker>.<kind>": what each of this rank's workers holds alone}, as a checkpoint has it."""
+        kept = {f"{worker}.shared": part for worker, part in self.ahead.items()}
+        if self.sync.differences is not None:
+            if self._comm.device.type == "cuda":  # the errors may still be on their way to the host
+                torch.cuda.synchronize(self._comm.device)
+            kept |= {f"{worker}.error": error for worker, error in self.sync.differences.error.items()}
+        return kept
+
+    def _take_up(self, start: Start) -> None:
+        """Give this rank's workers back what they held alone; the reference is that of the checkpoint."""
+        parts = self.overlap.shared_parts(self.workers.vectors)
+        for worker, kind, values in start.kept(tuple(parts), self.layout.workers):
+            if kind == "shared":
+                parts[worker].copy_(values)
+            else:
+                assert self.sync.differences is not None
+                self.sync.differences.error[worker].copy_(values)
 
     def saver(self, folder: Path, *, background: bool) -> Saver:
         """What writes its checkpoints into a folder."""

@@ -5,14 +5,20 @@
       model.safetensors.index.json               {timm name: file}
       optimizer-0000r-of-0000R.safetensors       "<timm name>.momentum_buffer" and the like
       optimizer.safetensors.index.json
+      workers-0000r-of-0000R.safetensors         "<worker>.<kind>": what each of rank r's workers held alone
+      workers.safetensors.index.json             (these two where there is something in them)
       state.json                                 where the run is, and what shapes it
       manifest.json                              size and sha256 of every file
+
+A worker alone may hold two things, flat vectors as they lie in its part of shared: `error`, what rounding has
+taken so far on the compact wire; and `shared`, where it has gone on being trained while the exchange ran
+(`--overlap_steps`): of shared the model and the optimizer state are then what all workers agreed on.
 
 What is read here was checked first: every byte, then every name, shape and type. No communication.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +32,13 @@ from resist_ds.errors import DamagedError, OtherVersionError, UserError
 from resist_ds.files import names, status
 from resist_ds.nets.blueprint import Blueprint, Statistics
 from resist_ds.nets.initial import Piece
-from resist_ds.nets.subnet import OptimizerState
+from resist_ds.nets.subnet import OptimizerState, PartLayout
 from resist_ds.state import storage
 from resist_ds.state.run_state import FORMAT, STATE, State, check_version, versions
 from resist_ds.state.storage import Spec
 
-GROUPS = ("model", "optimizer")
+WORKERS = "workers"
+GROUPS = ("model", "optimizer", WORKERS)
 
 
 def folder_name(round: int) -> str:
@@ -88,6 +95,15 @@ def all_specs(
     if optimizer.counter:
         state |= {f"{name}.{optimizer.counter}": Spec(dtype, ()) for name in shapes}
     return {"model": model, "optimizer": state}
+
+
+def specs_of_workers(
+    blueprint: Blueprint, dtype: torch.dtype, optimizer: OptimizerState, workers: int, kinds: Iterable[str]
+) -> dict[str, Spec]:
+    """Type and shape of what each worker holds alone, of these kinds: {"<worker>.<kind>": spec}."""
+    shared = PartLayout(blueprint.shared, optimizer)
+    of = {"error": Spec(torch.float32, (shared.matrices,)), "shared": Spec(dtype, (shared.numel,))}
+    return {f"{worker}.{kind}": of[kind] for worker in range(workers) for kind in sorted(kinds)}
 
 
 class Checkpoint:
@@ -157,7 +173,25 @@ class Checkpoint:
         dtype = getattr(torch, self.state.dtype, None)
         if dtype not in storage.DTYPES:
             raise DamagedError(f"{self.folder / STATE}: {self.state.dtype!r} is no type of parameters")
-        return all_specs(self.blueprint, dtype, self.optimizer)
+        specs = all_specs(self.blueprint, dtype, self.optimizer)
+        alone = specs_of_workers(self.blueprint, dtype, self.optimizer, self.state.workers, self.kept)
+        return {**specs, WORKERS: alone}
+
+    @cached_property
+    def kept(self) -> tuple[str, ...]:
+        """Kinds of what each worker held alone: "error", "shared".
+
+        Whether there are errors follows from the options; whether the last exchange ran behind local steps,
+        the index says.
+        """
+        config = self.state.config
+        kinds = []
+        if config.get("wire") == "compact" and self.state.workers > 1:
+            kinds.append("error")
+        there = config.get("overlap_steps") and status(self.folder / index_name(WORKERS)) is not None
+        if there and any(name.endswith(".shared") for name in self._index(WORKERS)["weight_map"]):
+            kinds.append("shared")
+        return tuple(kinds)
 
     def shared(self) -> Piece:
         """(timm name, {"parameter" or state name: tensor}) of the shared part, read one by one."""
@@ -223,7 +257,7 @@ class Checkpoint:
         by_file: dict[str, set[str]] = {}
         for name, file in index["weight_map"].items():
             if name not in expected:
-                raise DamagedError(f"{path} names {name}, which {self.state.model} does not have")
+                raise DamagedError(f"{path} names {name}, which {_what(group, self.state)} does not have")
             if file not in sealed:
                 raise DamagedError(
                     f"{path} says that {name} is in {file!r}, which is no file of this checkpoint"
@@ -238,8 +272,8 @@ class Checkpoint:
             for name, spec in found.items():
                 if spec != expected[name]:
                     raise DamagedError(
-                        f"{self.folder / file}: {name} is {_words(spec)}, and {self.state.model} "
-                        f"has {_words(expected[name])}"
+                        f"{self.folder / file}: {name} is {_words(spec)}, and "
+                        f"{_what(group, self.state)} has {_words(expected[name])}"
                     )
         return {path.name, *by_file}
 
@@ -265,6 +299,10 @@ def _check_unsealed(folder: Path) -> None:
 
 def _with(packages: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {packages.get(name)}" for name in ("resist_ds", "timm"))
+
+
+def _what(group: str, state: State) -> str:
+    return f"a run of {state.workers} workers" if group == WORKERS else state.model
 
 
 def _words(spec: Spec) -> str:

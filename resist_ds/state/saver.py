@@ -26,11 +26,13 @@ from resist_ds.nets.subnet import OptimizerState, StateDict
 from resist_ds.state import storage
 from resist_ds.state.checkpoint import (
     GROUPS,
+    WORKERS,
     all_specs,
     folder_name,
     index_name,
     newest_first,
     shard_name,
+    specs_of_workers,
     statistics_names,
 )
 from resist_ds.state.folder import PARTIAL, REPLACED
@@ -75,7 +77,7 @@ class Saver:
         background: whether to write in a thread, from a copy.
 
     Attributes:
-        specs: {group: {name: type and shape}} of every tensor of a checkpoint.
+        specs: {group: {name: type and shape}} of every tensor of the global model.
         copies: bytes of host memory that the largest copy took so far.
     """
 
@@ -93,6 +95,7 @@ class Saver:
         self._comm = comm
         self.optimizer = optimizer
         self.specs = all_specs(blueprint, dtype, optimizer)
+        self._blueprint, self._dtype = blueprint, dtype
         self._folder = folder
         self._keep = keep
         self.background = background
@@ -113,18 +116,24 @@ class Saver:
         """Whether this rank has nothing left to write, so that `settle` need not wait for it."""
         return self._job is None or self._job.thread is None or not self._job.thread.is_alive()
 
-    def start(self, state: State, owned: StateDict, statistics: Statistics) -> None:
+    def start(
+        self, state: State, owned: StateDict, statistics: Statistics, kept: Mapping[str, Tensor]
+    ) -> None:
         """Begin a checkpoint; `settle` completes it. Collective: all ranks.
 
         Args:
             owned: the partitioned state dict of this rank's workers.
             statistics: BatchNorm's, of the whole global model.
+            kept: {"<worker>.<kind>": what each of these workers holds alone}, of the same kinds on all ranks.
         """
         assert not self.in_flight
         started = time.perf_counter()
         partial, error = self._comm.gather(self._make_folder(state.round))[0]
-        tensors = _select(self.specs, owned, statistics)
-        self._job = job = _Job(state, partial, started, Written(error=error))
+        tensors = _select(self.specs, owned, statistics) | {WORKERS: dict(kept)}
+        kinds = {name.partition(".")[2] for name in kept}
+        alone = specs_of_workers(self._blueprint, self._dtype, self.optimizer, state.workers, kinds)
+        specs = {**self.specs, WORKERS: alone}
+        self._job = job = _Job(state, partial, started, specs, Written(error=error))
         if error is not None:
             return
         if not self.background:
@@ -174,10 +183,10 @@ class Saver:
         try:
             wait()
             for group in GROUPS:
-                if not self.specs[group]:
+                if not job.specs[group]:
                     continue
                 name = shard_name(group, rank, size)
-                specs = {n: self.specs[group][n] for n in tensors[group]}
+                specs = {n: job.specs[group][n] for n in tensors[group]}
                 metadata = {"format": "pt"}
                 entry = storage.write_safetensors(job.partial / name, tensors[group].items(), specs, metadata)
                 job.written.files[name] = entry
@@ -207,7 +216,7 @@ class Saver:
         for name, entry in files.items():
             if (job.partial / name).stat().st_size != entry.size:  # not there: another machine's disk
                 raise OSError(f"{name} is not what its rank has written")
-        for group, specs in self.specs.items():
+        for group, specs in job.specs.items():
             if not specs:
                 continue
             where = {n: f for written in everyone for n, f in written.names[group].items()}
@@ -259,6 +268,7 @@ class _Job:
     state: State
     partial: Path
     started: float
+    specs: dict[str, dict[str, Spec]]
     written: Written
     thread: threading.Thread | None = None
 

@@ -3,12 +3,13 @@
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.data.order import Position
@@ -20,11 +21,12 @@ from resist_ds.nets.initial import Initialisation, Source
 from resist_ds.nets.pretrained import Pretrained
 from resist_ds.nets.subnet import OptimizerState
 from resist_ds.options.config import FIELDS, SHAPING, TIMM, Config
-from resist_ds.state.checkpoint import Checkpoint, newest_first
+from resist_ds.state.checkpoint import WORKERS, Checkpoint, newest_first
 from resist_ds.state.folder import RunFolder
 from resist_ds.state.run_state import State
 from resist_ds.state.storage import MANIFEST
 
+_ALONE = {"error": "its rounding errors", "shared": "its last steps on shared"}
 _NOT_TO_CHANGE = ("model", "num_classes")  # a checkpoint's tensors have the shapes that these give them
 
 
@@ -159,6 +161,33 @@ class Start:
         return {
             n: (torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)) for n, size in sizes.items()
         }
+
+    def kept(self, mine: Sequence[int], workers: int) -> Iterator[tuple[int, str, Tensor]]:
+        """(worker, "error" or "shared", values) of what each worker held alone, as `checkpoint` has it.
+
+        Nothing where this run's workers are others, or have no place for it; then a remark says so.
+
+        Args:
+            mine: the workers that are asked for, of W.
+        """
+        checkpoint, config = self._checkpoint, self._config
+        if checkpoint is None:
+            return
+        same_order = checkpoint.state.config.get("channels_last") == config.channels_last
+        alike = checkpoint.state.workers == workers and same_order
+        same_state = checkpoint.optimizer == OptimizerState.carried(config)
+        fits = {
+            "error": alike and config.wire == "compact",
+            "shared": alike and config.overlap_steps > 0 and same_state,
+        }
+        if lost := [_ALONE[kind] for kind in checkpoint.kept if not fits[kind]]:
+            self.remarks.append(
+                f"what each of the checkpoint's {checkpoint.state.workers} workers held alone is dropped: "
+                f"{' and '.join(lost)}"
+            )
+        for worker in mine:
+            for kind in (kind for kind in checkpoint.kept if fits[kind]):
+                yield worker, kind, checkpoint.tensor(WORKERS, f"{worker}.{kind}")
 
     def make_way(self) -> None:
         """On rank 0: records that will be written again are cut, an earlier run's files are set aside.

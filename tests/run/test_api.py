@@ -40,8 +40,8 @@ TRAIN: dict[str, Any] = {
 }
 
 
-def as_train_py(comm: Comm, folder: str) -> tuple[float, float, Any]:
-    trainer = Trainer(comm, Config(**TRAIN, output_dir=folder))
+def as_train_py(comm: Comm, folder: str, wire: str) -> tuple[float, float, Any]:
+    trainer = Trainer(comm, Config(**TRAIN, wire=wire, output_dir=folder))
     result = trainer.run()
     assert result is not None
     return result.loss, result.accuracy, arrays(trainer.workers.owned(trainer.net.deal))
@@ -75,12 +75,14 @@ def own_loop(comm: Comm, folder: str, stop: int = ROUNDS, **options: Any) -> tup
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_loop_of_ones_own_trains_what_train_py_trains(size: int, ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "wire"), [(1, "exact"), (2, "exact"), (2, "compact")])
+def test_a_loop_of_ones_own_trains_what_train_py_trains(
+    size: int, wire: str, ranks: Ranks, tmp_path: Path
+) -> None:
     """Bit for bit; also when it is stopped and resumed, and what it saves is a checkpoint like any other."""
-    expected = ranks(as_train_py, size, str(tmp_path / "train"))
-    ranks(own_loop, size, str(tmp_path / "own"), 1)
-    found = ranks(resumed, size, str(tmp_path / "own"))
+    expected = ranks(as_train_py, size, str(tmp_path / "train"), wire)
+    ranks(of_one_round, size, str(tmp_path / "own"), wire)
+    found = ranks(resumed, size, str(tmp_path / "own"), wire)
     for (loss, accuracy, owned), (own_loss, own_accuracy, own_owned, _) in zip(expected, found, strict=True):
         assert (own_loss, own_accuracy) == (loss, accuracy)
         assert own_owned.keys() == owned.keys()
@@ -92,8 +94,12 @@ def test_a_loop_of_ones_own_trains_what_train_py_trains(size: int, ranks: Ranks,
     checkpoint.close()
 
 
-def resumed(comm: Comm, folder: str) -> tuple[Any, ...]:
-    return own_loop(comm, folder, resume="auto")
+def of_one_round(comm: Comm, folder: str, wire: str) -> tuple[Any, ...]:
+    return own_loop(comm, folder, 1, wire=wire)
+
+
+def resumed(comm: Comm, folder: str, wire: str) -> tuple[Any, ...]:
+    return own_loop(comm, folder, wire=wire, resume="auto")
 
 
 def reset_by_train_py(comm: Comm, folder: str) -> Any:

@@ -56,6 +56,8 @@ RUNS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
     "one rank, AdamW, fp16, clipped": (ALONE, {"workers": 4, "clip_grad": 1.0} | ADAMW | FP16),
     "a GPU each, bf16, channels_last": (EACH, {"workers": 2} | BF16),
     "a GPU each, AdamW, fp16, clipped": (EACH, {"workers": 4, "clip_grad": 1.0} | ADAMW | FP16),
+    "one rank, AdamW, compact": (ALONE, {"workers": 2, "wire": "compact"} | ADAMW),
+    "a GPU each, AdamW, compact": (EACH, {"workers": 2, "wire": "compact"} | ADAMW),
     "one GPU, clipped, accumulated, checkpointed": (SHARED, {"workers": 4} | ALL | HOST),
     "one GPU, fp16": (SHARED, {"workers": 2} | FP16),
     "one rank, compact, exchange behind steps": (ALONE, {"workers": 2} | BEHIND),
@@ -71,6 +73,7 @@ TWINS = {  # what trains the same on other ranks
     "one GPU, compact, exchange behind steps": "one rank, compact, exchange behind steps",
     "a GPU each, bf16, channels_last": "one rank, bf16, channels_last",
     "a GPU each, AdamW, fp16, clipped": "one rank, AdamW, fp16, clipped",
+    "a GPU each, AdamW, compact": "one rank, AdamW, compact",
 }
 
 MOST = {  # operations of a local step
