@@ -3,15 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
 
 from resist_ds.forecast.plan import Plan, Prediction, Question, Wire
 from resist_ds.forecast.traffic import sent_per_round, sent_per_step
 
 USABLE = 0.9  # share of the memory that the advice fills: workspaces and gaps of the allocator come on top
 COMMUNICATION_SHARE = 0.1  # of a round's time that the advice allows for; and of ddp's bytes per image
-OFTEN = 5  # local steps a round: what rarer rounds cost in accuracy, the wire and the overlap should avoid
-BEHIND = 5  # one of so many steps at most runs while a round's exchange does: final blocks learn nothing
+OFTEN = 5  # local steps a round: what rarer rounds cost in accuracy, the wire should avoid
 
 
 @dataclass(frozen=True)
@@ -92,46 +90,35 @@ def _relative(question: Question, workers: int, slots: int, wire: Wire) -> str:
 
 
 def _for_the_link(question: Question, on_wires: list[Prediction], batch: int) -> list[Advice]:
-    """The wire, τ and ℓ: the exact wire and no overlap, unless rounds must then be rarer than `OFTEN`.
+    """The wire and ℓ: the exact wire, unless rounds must then be rarer than `OFTEN`.
+
+    No overlap: blocks are final while an exchange is hidden, and lose as many updates as that saves time.
 
     Args:
         on_wires: what was chosen so far, on each wire that may be.
     """
-    alone = [_fewest_steps(question, p) for p in on_wires]  # where nothing hides an exchange
-    steps, chosen = alone[-1], on_wires[-1]
+    each_needs = [_fewest_steps(question, p) for p in on_wires]
+    steps, chosen = each_needs[-1], on_wires[-1]
     wire = "the only one asked for"
     if len(on_wires) > 1:
-        wire = (
-            f"exact needs --local_steps {alone[0]} for what compact needs {alone[-1]} for, without an overlap"
-        )
-        if alone[0] <= OFTEN:
-            steps, chosen = alone[0], on_wires[0]
+        wire = f"exact needs --local_steps {each_needs[0]} for what compact needs {each_needs[-1]} for"
+        if each_needs[0] <= OFTEN:
+            steps, chosen = each_needs[0], on_wires[0]
             wire = f"{OFTEN} local steps a round, or fewer, are often enough"
-    if chosen.computation is None or question.speed is None:
+    if question.speed is None:
         each = chosen.sent_round / (chosen.workers * batch * steps)
-        behind, overlap = 0, "how many steps hide an exchange, --flops tells"
         link = (
             f"the fewest that send at most {100 * COMMUNICATION_SHARE:.0f} % of ddp's bytes per image: "
             f"{each / 1e3:,.1f} kB each (with --flops: by time)"
         )
     else:
         exchange = _exchange_in_steps(question, chosen)
-        behind, overlap = 0, f"{steps} local steps a round are often enough without"
-        if steps > OFTEN:
-            steps = next(n for n in count(1) if _is_small(exchange - n // BEHIND, n))
-            behind = min(math.ceil(exchange), steps // BEHIND)
-            overlap = (
-                f"an exchange takes as long as {exchange:,.1f} local steps; blocks are final in these, so at "
-                f"most one in {BEHIND}"
-            )
-        exposed = max(0.0, exchange - behind)
         link = (
-            f"the fewest with at most {100 * COMMUNICATION_SHARE:.0f} % of a round's time for communication "
-            f"that no step hides: {100 * exposed / (exposed + steps):.1f} %"
+            f"the fewest with at most {100 * COMMUNICATION_SHARE:.0f} % of a round's time for "
+            f"communication: {100 * exchange / (exchange + steps):.1f} %"
         )
     return [
         Advice("wire", chosen.wire, wire),
-        Advice("overlap_steps", behind, overlap),
         Advice("local_steps", steps, link),
     ]
 
@@ -151,11 +138,6 @@ def _exchange_in_steps(question: Question, chosen: Prediction) -> float:
     """A round's communication, in local steps that take as long."""
     assert question.speed is not None
     return chosen.communication * question.speed / chosen.multiply_adds
-
-
-def _is_small(exposed: float, steps: int) -> bool:
-    """Whether a round of so many steps spends little on what nothing hides, in steps too."""
-    return exposed <= COMMUNICATION_SHARE * (exposed + steps)
 
 
 def _largest_power_of_two(fits: Callable[[int], bool]) -> int:

@@ -418,13 +418,13 @@ def test_local_steps_are_the_fewest_that_the_link_allows(paper: Plan) -> None:
     ample = plan_like(paper, memory=1e11)
     options = advised(ample)
     asked = options["local_steps"]
-    assert (options["wire"], options["overlap_steps"]) == ("compact", 0)
+    assert options["wire"] == "compact"
     ours, ddp = ample.predict("resist", 8, wire="compact"), ample.predict("ddp", 8)
     assert ours.sent_round / asked <= 0.1 * ddp.sent_step < ours.sent_round / (asked - 1)
     timed = plan_like(ample, speed=1e13, wires=("exact",), bandwidth=2e10)
     options, ours = advised(timed), timed.predict("resist", 8)
     asked = options["local_steps"]
-    assert (options["wire"], options["overlap_steps"]) == ("exact", 0) and 1 < asked <= 5
+    assert options["wire"] == "exact" and 1 < asked <= 5
     assert ours.computation == pytest.approx(50 * ours.multiply_adds / 1e13)
     for number, enough in ((asked, True), (asked - 1, False)):
         local = number * ours.multiply_adds / 1e13
@@ -448,25 +448,20 @@ def test_rounds_that_grow_count_by_their_mean(paper: Plan) -> None:
 
 
 @pytest.mark.parametrize("bandwidth", [1e7, 1e8, 1e9, 3e9, 1e10, 1e11, 1e12])
-def test_a_slower_link_asks_for_the_compact_wire_then_for_an_overlap(paper: Plan, bandwidth: float) -> None:
-    """Whatever it is, little of a round is waited for, and one local step fewer would not do."""
+def test_a_slower_link_asks_for_the_compact_wire(paper: Plan, bandwidth: float) -> None:
+    """Whatever it is, little of a round is communication, and one local step fewer would not do."""
     speed = 1e13
     plan = plan_like(paper, memory=1e11, speed=speed, bandwidth=bandwidth)
     options = advised(plan)
-    steps, behind = options["local_steps"], options["overlap_steps"]
+    steps = options["local_steps"]
     exact, ours = (plan.predict("resist", 8, wire=wire) for wire in ("exact", options["wire"]))
 
-    def waited(of: Prediction, steps: int, behind: int) -> float:
-        """Share of a round."""
-        step = of.multiply_adds / speed
-        exposed = max(0.0, of.communication - behind * step)
-        return exposed / (exposed + steps * step)
+    def share(of: Prediction, steps: int) -> float:
+        return of.communication / (of.communication + steps * of.multiply_adds / speed)
 
-    assert (options["wire"] == "exact") == (waited(exact, 5, 0) <= 0.1)
-    assert waited(ours, steps, behind) <= 0.1 and behind <= steps // 5
-    assert (behind == 0) == (waited(ours, 5, 0) <= 0.1)
-    fewer = steps - 1
-    assert fewer == 0 or waited(ours, fewer, fewer // 5 if behind else 0) > 0.1
+    assert (options["wire"] == "exact") == (share(exact, 5) <= 0.1)
+    assert share(ours, steps) <= 0.1
+    assert steps == 1 or share(ours, steps - 1) > 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------
