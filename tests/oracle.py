@@ -140,7 +140,7 @@ class _Simulation:
         self.wire = Exact(travel)
         if config.wire == "compact":
             pool = [self.prefix(block) for block in range(self.pool)]
-            self.wire = Compact(travel, config.seed, self.workers, self.outcome.state, pool)
+            self.wire = Compact(travel, self.workers, self.outcome.state, pool)
 
     def net(self) -> nn.Module:
         return plain_net(self.config, self.data.num_classes).to(self.dtype)
@@ -198,8 +198,9 @@ class _Simulation:
         for block in range(self.pool):
             for name, value in blueprint.initial_block(self.config.seed, block).items():
                 values[self.prefix(block) + name] = value
-        assert values.keys() == {name for name, _ in self.net().named_parameters()}
-        return {name: {"parameter": value.to(self.dtype)} for name, value in values.items()}
+        names = [name for name, _ in self.net().named_parameters()]
+        assert values.keys() == set(names)
+        return {name: {"parameter": values[name].to(self.dtype)} for name in names}
 
     def _round(self, round: int, deal: Partition, overlap: int) -> None:
         """Local steps of every worker; they agree on what they were `overlap` steps before the end."""
@@ -210,7 +211,7 @@ class _Simulation:
             ends.append(end)
             losses += batch_losses
             right += batch_right
-        self.outcome.state = agreed = self.wire.agree(round, sent, deal)
+        self.outcome.state = agreed = self.wire.agree(sent, deal)
         if overlap:  # each is where it has gone on to, and where the others take it
             self.own = [
                 {

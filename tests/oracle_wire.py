@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resist_ds.protocol.partition import Partition
+from resist_ds.protocol.wire import Noise
 
 State = dict[str, dict[str, Tensor]]
 """{timm name: {"parameter": ..., and what the optimizer keeps: ...}}."""
@@ -21,9 +22,9 @@ ALIGNMENT = 32  # elements at whose multiples tensors begin
 VECTORS = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter's shape
 
 
-def mean(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Σ / n in float64, in the order given."""
-    total = values[0].astype(np.float64)
+def mean(values: Sequence[np.ndarray], dtype: type = np.float64) -> np.ndarray:
+    """Σ / n, in the order given and with the bits given."""
+    total = values[0].astype(dtype)
     for value in values[1:]:
         total = total + value
     return np.asarray(total / len(values), values[0].dtype)
@@ -71,12 +72,9 @@ def _blocks(x: np.ndarray) -> np.ndarray:
     return np.pad(x, (0, -len(x) % BLOCK)).reshape(-1, BLOCK)
 
 
-def given_bits(seed: int, round: int, group: str, piece: int, worker: int, n: int) -> np.ndarray:
-    """The package's random bits [n] of a pool block that `worker` sends on in a round."""
-    import zlib
-
-    key = zlib.crc32(repr((seed, round, group, piece, worker)).encode())
-    return np.random.default_rng(key).integers(0, 65536, n)
+def given_bits(deal: Partition, stage: str, block: int, worker: int, n: int) -> np.ndarray:
+    """The package's random bits [n], in 0 … 65535, of a pool block that `worker` writes down in a round."""
+    return Noise(deal.draw, stage, block, worker).bits(0, n, torch.device("cpu")).numpy() + 32768
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -93,9 +91,7 @@ class Exact:
     def __init__(self, travel: bool):
         self.travel = travel
 
-    def agree(
-        self, round: int, ends: Sequence[State], deal: Partition, dropped: frozenset[int] = frozenset()
-    ) -> State:
+    def agree(self, ends: Sequence[State], deal: Partition, dropped: frozenset[int] = frozenset()) -> State:
         """What all are to hold, of the workers' states at the end of a round.
 
         Args:
@@ -121,9 +117,9 @@ class Compact(Exact):
         pool: timm's prefixes of the pool blocks.
     """
 
-    def __init__(self, travel: bool, seed: int, workers: int, initial: State, pool: Sequence[str]):
+    def __init__(self, travel: bool, workers: int, initial: State, pool: Sequence[str]):
         super().__init__(travel)
-        self.seed, self.workers = seed, workers
+        self.workers = workers
         matrices = [name for name, of in initial.items() if of["parameter"].ndim >= 2]
         self.blocks = [[name for name in matrices if name.startswith(prefix)] for prefix in pool]
         self.shared = [name for name in matrices if not name.startswith(tuple(pool))]
@@ -134,10 +130,8 @@ class Compact(Exact):
         size = -(-size // BLOCK) * BLOCK
         self.chunks = [slice(owner * size, (owner + 1) * size) for owner in range(workers)]
 
-    def agree(
-        self, round: int, ends: Sequence[State], deal: Partition, dropped: frozenset[int] = frozenset()
-    ) -> State:
-        agreed = super().agree(round, ends, deal, dropped)
+    def agree(self, ends: Sequence[State], deal: Partition, dropped: frozenset[int] = frozenset()) -> State:
+        agreed = super().agree(ends, deal, dropped)
         if self.workers == 1:  # nothing travels
             return agreed
         kinds = [kind for kind in ("parameter", *VECTORS) if kind in next(iter(agreed.values()))]
@@ -146,7 +140,7 @@ class Compact(Exact):
                 holders = [w for w, held in enumerate(deal.blocks) if block in held]
                 counted = [w for w in holders if w not in dropped] or [deal.owners[block]]
                 values = {w: _flat(ends[w], names, kind) for w in counted}
-                agree = self._block(kind, round, block, deal.owners[block], values)
+                agree = self._block(kind, deal, block, values)
                 _spread(agreed, names, kind, agree)
             counted = [w for w in range(self.workers) if w not in dropped]
             if kind == "parameter":
@@ -160,23 +154,22 @@ class Compact(Exact):
                 _spread(agreed, self.shared, kind, whole)
         return agreed
 
-    def _block(
-        self, kind: str, round: int, block: int, owner: int, values: Mapping[int, np.ndarray]
-    ) -> np.ndarray:
+    def _block(self, kind: str, deal: Partition, block: int, values: Mapping[int, np.ndarray]) -> np.ndarray:
+        owner = deal.owners[block]
         if kind != "parameter":
             return self._averaged(kind, owner, values)
 
-        def arrives(x: np.ndarray, group: str, worker: int) -> np.ndarray:
-            return rounded_bf16(x, given_bits(self.seed, round, group, block, worker, len(x)))
+        def arrives(x: np.ndarray, stage: str, worker: int) -> np.ndarray:
+            return rounded_bf16(x, given_bits(deal, stage, block, worker, len(x)))
 
         arrived = [x if w == owner else arrives(x, "aggregate", w) for w, x in values.items()]
-        return arrives(mean(arrived), "hand_off", owner)
+        return arrives(mean(arrived, np.float32), "hand_off", owner)
 
     @staticmethod
     def _averaged(kind: str, owner: int, values: Mapping[int, np.ndarray]) -> np.ndarray:
         """Optimizer state: the mean of the owner's own and what reaches it, as it reaches everybody."""
         arrives = rounded_log8 if kind == "exp_avg_sq" else rounded_int8
-        return arrives(mean([x if w == owner else arrives(x) for w, x in values.items()]))
+        return arrives(mean([x if w == owner else arrives(x) for w, x in values.items()], np.float32))
 
     def _shared_parameters(self, counted: Sequence[int], ends: Sequence[State]) -> None:
         """Differences from the reference, and what was lost of them the last time."""
@@ -190,7 +183,7 @@ class Compact(Exact):
                     difference = rounded_int8(meant)
                     self.errors[w, chunk] = meant - difference
                 arrived.append(difference)
-            meant = self.errors[owner, chunk] + (mean(arrived) if arrived else np.float32(0))
+            meant = self.errors[owner, chunk] + (mean(arrived, np.float32) if arrived else np.float32(0))
             found = rounded_int8(meant)
             self.errors[owner, chunk] = meant - found
             self.reference[chunk] += found
@@ -199,7 +192,7 @@ class Compact(Exact):
 def _flat(state: State, names: Sequence[str], kind: str) -> np.ndarray:
     """One vector of named tensors, each of which begins at a multiple of 32 elements."""
     flat = [state[name][kind].detach().numpy().reshape(-1) for name in names]
-    return np.concatenate([np.pad(x, (0, -len(x) % ALIGNMENT)) for x in flat])
+    return np.concatenate([np.zeros(0, np.float32), *(np.pad(x, (0, -len(x) % ALIGNMENT)) for x in flat)])
 
 
 def _spread(state: State, names: Sequence[str], kind: str, vector: np.ndarray) -> None:
