@@ -118,7 +118,7 @@ def simulate(config: Config) -> Outcome:
     """Run the whole protocol in this process: `config.workers` workers for `config.rounds` rounds."""
     assert config.workers and config.rounds
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.cpu_threads or 1)
     try:
         return _Simulation(config).run()
     finally:

@@ -15,7 +15,8 @@ from torch import Tensor
 from resist_ds.nets.subnet import PartLayout, StateLayout
 from resist_ds.protocol.partition import Layout, Partition, sample_partition
 from resist_ds.protocol.sync import Synchroniser
-from tests.oracle_wire import Compact, Exact, State
+from resist_ds.protocol.wire import BF16, INT8, LOG8
+from tests.oracle_wire import Compact, Exact, State, given_bits, rounded_bf16, rounded_int8, rounded_log8
 from tests.protocol.test_sync import STATES, ThreadComm, on_threads
 
 pytestmark = pytest.mark.numerical
@@ -181,3 +182,54 @@ def test_a_compact_synchronisation_is_the_oracles(s: Situation, data: Any) -> No
             for name, tensors in want.items():
                 for kind, value in tensors.items():
                     assert torch.equal(got[name][kind], value), (round, worker, name, kind)
+
+
+def test_codes_are_the_oracles_at_the_edges_too() -> None:
+    """Halves, zeros, numbers next to the smallest and the largest, blocks of one value and of 255."""
+    generator = np.random.default_rng(0)
+    halves = np.arange(-127, 128, dtype=np.float32) / 2
+    for numbers in (
+        np.concatenate([halves, np.float32([127, -127])]),
+        np.float32([0]),
+        np.float32([-0.0, 0.0]),
+        np.float32([3.4e38, -3.4e38, 1, 1e-45]),
+        np.float32([1e-45, -1e-40, 1.2e-38]),  # no difference so small can be written
+        np.exp(15 * generator.standard_normal(5 * 256 - 1)).astype(np.float32),
+        _numbers(generator, 256),
+    ):
+        values = torch.from_numpy(numbers)
+        random = generator.integers(0, 1 << 16, len(numbers))
+        noise = torch.from_numpy(random - (1 << 15)).int()
+        for code, got, want in (
+            (INT8, INT8.encode(values), rounded_int8(numbers)),
+            (LOG8, LOG8.encode(values.abs()), rounded_log8(np.abs(numbers))),
+            (BF16, BF16.encode(values, noise), rounded_bf16(numbers, random)),
+        ):
+            assert len(got) == code.nbytes(len(numbers))
+            np.testing.assert_array_equal(code.decode(got, len(numbers)).numpy(), want)
+            # and what has been read is written as it was, whatever the random bits
+            again = code.encode(torch.from_numpy(want), noise)
+            np.testing.assert_array_equal(code.decode(again, len(numbers)).numpy(), want)
+
+
+def test_random_bits_are_uniform_and_differ_from_key_to_key() -> None:
+    """In each stream of numbers, and at each place over all streams: rounding has no bias anywhere."""
+    n = 1 << 16
+    streams = np.stack(
+        [
+            given_bits(sample_partition(seed, round, workers=2, pool=2), stage, block, worker, n)
+            for seed, round in itertools.product((0, 1), range(2))
+            for stage, block, worker in itertools.product(("aggregate", "hand_off"), (0, 1), (0, 1))
+        ]
+    )
+    assert streams.min() == 0 and streams.max() == (1 << 16) - 1
+    for numbers in (*streams, streams[:, :2048].T.ravel()):
+        for part in (numbers >> 8, numbers & 255):  # χ² of 255 degrees of freedom
+            counts = np.bincount(part, minlength=256)
+            assert ((counts - n / 256) ** 2).sum() / (n / 256) < 255 + 6 * np.sqrt(2 * 255)
+    scaled = (streams - 32767.5) / (65536 / np.sqrt(12))
+    within = [(scaled[:, :-lag] * scaled[:, lag:]).mean(1) for lag in (1, 2, 3, 32, 256, 1 << 15)]
+    assert np.abs(within).max() < 6 / np.sqrt(n / 2)
+    assert np.abs(scaled.mean(0)).max() < 6 / np.sqrt(len(streams))
+    between = np.corrcoef(scaled)[np.triu_indices(len(streams), 1)]
+    assert np.sqrt((between**2).mean()) < 0.1
