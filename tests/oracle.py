@@ -2,8 +2,8 @@
 
 It shares no code with the package's sub-ResNet, local step, synchronisation and evaluation. A worker's
 sub-ResNet is the full timm net with `nn.Identity` in place of the pool blocks that it does not hold; the
-global model is a dict of tensors by timm's names; an average is a sum over the holders, divided. From the
-package come only what a run is *given*: deals (whose properties are checked here), initial values, batches.
+global model is a dict of tensors by timm's names; `oracle_wire` has what workers agree on. From the package
+come only what a run is *given*: deals (whose properties are checked here), initial values, batches.
 """
 
 import math
@@ -26,6 +26,7 @@ from resist_ds.nets.subnet import StateDict
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Partition, sample_partition
 from resist_ds.trainer import Trainer
+from tests.oracle_wire import Compact, Exact, State
 
 CPU = torch.device("cpu")
 
@@ -95,9 +96,6 @@ def section3(net: nn.Module) -> tuple[str, nn.Sequential]:
 # ------------------------------------------------------------------------------------------------------------
 # The protocol
 
-State = dict[str, dict[str, Tensor]]
-"""{timm name: {"parameter": ..., and what the optimizer keeps: ...}}."""
-
 
 @dataclass
 class Outcome:
@@ -120,7 +118,7 @@ def simulate(config: Config) -> Outcome:
     """Run the whole protocol in this process: `config.workers` workers for `config.rounds` rounds."""
     assert config.workers and config.rounds
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.cpu_threads or 1)
     try:
         return _Simulation(config).run()
     finally:
@@ -137,6 +135,12 @@ class _Simulation:
         self.section, blocks = section3(self.net())
         self.pool = len(blocks) - 1  # all but the first, strided one
         self.outcome = Outcome(self._initial())
+        self.own: list[State] = [{}] * self.workers  # of shared, where it is not what all agreed on
+        travel = config.optimizer_state == "travel"
+        self.wire = Exact(travel)
+        if config.wire == "compact":
+            pool = [self.prefix(block) for block in range(self.pool)]
+            self.wire = Compact(travel, self.workers, self.outcome.state, pool)
 
     def net(self) -> nn.Module:
         return plain_net(self.config, self.data.num_classes).to(self.dtype)
@@ -144,11 +148,14 @@ class _Simulation:
     def prefix(self, block: int) -> str:
         return f"{self.section}.{block + 1}."
 
+    def in_pool(self, name: str) -> bool:
+        return name.startswith(f"{self.section}.") and not name.startswith(f"{self.section}.0.")
+
     def run(self) -> Outcome:
         config, outcome = self.config, self.outcome
         outcome.deals = [self.deal(r) for r in range(self.rounds + 1)]
         for done, deal in enumerate(outcome.deals[:-1], start=1):
-            self._round(done - 1, deal)
+            self._round(done - 1, deal, self._overlap(done))
             if done == self.rounds or (config.eval_every and done % config.eval_every == 0):
                 scale = 1.0 if done <= config.warmup_rounds else len(deal.blocks[0]) / self.pool
                 outcome.tests[done] = self._test(scale)
@@ -171,43 +178,71 @@ class _Simulation:
         assert max(loads) - min(loads) <= 1
         return deal
 
+    def _overlap(self, done: int) -> int:
+        """τ of the round after which `done` are done: 0 where something is to be made of the global model."""
+        config, deals = self.config, self.outcome.deals
+        images = config.local_steps * self.workers * config.batch_size
+        a_pass_ends = done * images // self.data.train_size > (done - 1) * images // self.data.train_size
+        every = config.checkpoint_every
+        plain = (
+            done == self.rounds
+            or (config.eval_every > 0 and done % config.eval_every == 0)
+            or (a_pass_ends if every is None else every > 0 and done % every == 0)
+            or len(deals[done - 1].blocks[0]) != len(deals[done].blocks[0])
+        )
+        return 0 if plain else config.overlap_steps
+
     def _initial(self) -> State:
         blueprint = Blueprint(self.config.model, self.data.num_classes)
         values = dict(blueprint.initial_shared(self.config.seed))
         for block in range(self.pool):
             for name, value in blueprint.initial_block(self.config.seed, block).items():
                 values[self.prefix(block) + name] = value
-        assert values.keys() == {name for name, _ in self.net().named_parameters()}
-        return {name: {"parameter": value.to(self.dtype)} for name, value in values.items()}
+        names = [name for name, _ in self.net().named_parameters()]
+        assert values.keys() == set(names)
+        return {name: {"parameter": values[name].to(self.dtype)} for name in names}
 
-    def _round(self, round: int, deal: Partition) -> None:
-        """Local steps of every worker from the same global model, then the mean over the holders."""
-        ends, losses, right = [], [], 0
+    def _round(self, round: int, deal: Partition, overlap: int) -> None:
+        """Local steps of every worker; they agree on what they were `overlap` steps before the end."""
+        sent, ends, losses, right = [], [], [], 0
         for worker in range(self.workers):
-            end, batch_losses, batch_right = self._worker(round, worker, deal.blocks[worker])
+            then, end, batch_losses, batch_right = self._worker(round, worker, deal.blocks[worker], overlap)
+            sent.append(then)
             ends.append(end)
             losses += batch_losses
             right += batch_right
-        for name, tensors in self.outcome.state.items():
-            held = [end[name] for end in ends if name in end]
-            kinds = held[0] if self.config.optimizer_state == "travel" else ("parameter",)
-            for kind in kinds:
-                values = [tensor[kind].double() for tensor in held]
-                tensors[kind] = (sum(values[1:], values[0]) / len(values)).to(held[0][kind].dtype)
+        self.outcome.state = agreed = self.wire.agree(sent, deal)
+        if overlap:  # each is where it has gone on to, and where the others take it
+            self.own = [
+                {
+                    name: {kind: now[name][kind] + (n - then[name][kind]) for kind, n in agreed[name].items()}
+                    for name in now
+                    if not self.in_pool(name)
+                }
+                for now, then in zip(ends, sent, strict=True)
+            ]
+            for kept in (kept for own in self.own for kept in own.values() if "exp_avg_sq" in kept):
+                kept["exp_avg_sq"].clamp_(min=0)
+        else:
+            self.own = [{}] * self.workers
         images = len(losses) * self.config.batch_size
         self.outcome.train.append((math.fsum(losses) / len(losses), right / images))
 
-    def _worker(self, round: int, worker: int, held: tuple[int, ...]) -> tuple[State, list[float], int]:
-        """What a worker's sub-ResNet comes to by its local steps; its loss at each; right answers."""
+    def _worker(
+        self, round: int, worker: int, held: tuple[int, ...], overlap: int
+    ) -> tuple[State, State, list[float], int]:
+        """A worker's sub-ResNet `overlap` steps before the end, and at the end; losses; right answers."""
         config, steps = self.config, self.config.local_steps
         net = self.net().train()
         _, section = section3(net)
         for block in set(range(self.pool)) - set(held):
             section[block + 1] = nn.Identity()
         parameters = dict(net.named_parameters())
-        optimizer = self._optimizer(parameters)
-        losses, right = [], 0
+        optimizer = self._optimizer(parameters, self.outcome.state | self.own[worker])
+        sent, losses, right = None, [], 0
         for step in range(round * steps, (round + 1) * steps):
+            if step == (round + 1) * steps - overlap:
+                sent = _snapshot(parameters, optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = self._rate(step)
             batch = [self.order.batch(step, worker)]
@@ -220,17 +255,21 @@ class _Simulation:
                 loss.backward()
                 loss_of_batch += loss.item()
                 right += int((logits.argmax(1) == y_part).sum())
+            trained = [p for name, p in parameters.items() if sent is None or not self.in_pool(name)]
             if config.clip_grad:
-                norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in net.parameters()))
-                for p in net.parameters():
+                norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in trained))
+                for p in trained:
                     p.grad.mul_(min(1.0, config.clip_grad / (norm + 1e-6)))
             optimizer.step()
+            if sent is not None:  # the blocks have been sent: put back what that step made of them
+                for name in filter(self.in_pool, parameters):
+                    _set(optimizer, parameters[name], sent[name])
             losses.append(loss_of_batch)
-        end = {name: {"parameter": p.detach(), **optimizer.state[p]} for name, p in parameters.items()}
-        return end, losses, right
+        end = _snapshot(parameters, optimizer)
+        return end if sent is None else sent, end, losses, right
 
-    def _optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """torch's own optimizer of the parameters, at the global model's values and momentum."""
+    def _optimizer(self, parameters: dict[str, nn.Parameter], start: State) -> torch.optim.Optimizer:
+        """torch's own optimizer of the parameters, at a round's first values and momentum."""
         config = self.config
         if config.optimizer == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -239,6 +278,7 @@ class _Simulation:
                 betas=tuple(float(beta) for beta in config.betas.split(",")),
                 eps=config.eps,
                 weight_decay=config.weight_decay,
+                fused=self.dtype == torch.float32,  # the same kernel for the same bits, where those matter
             )
         else:
             optimizer = torch.optim.SGD(
@@ -249,10 +289,7 @@ class _Simulation:
                 weight_decay=config.weight_decay,
             )
         for name, parameter in parameters.items():
-            state = {kind: tensor.clone() for kind, tensor in self.outcome.state[name].items()}
-            parameter.data.copy_(state.pop("parameter"))
-            if state:
-                optimizer.state[parameter] = state
+            _set(optimizer, parameter, start[name])
         return optimizer
 
     def _rate(self, step: int) -> float:
@@ -307,6 +344,21 @@ class _Simulation:
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = np.array_split(np.arange(self.data.test_size), 4)
         return self.data.test_batches(batches, CPU, self.dtype, self.config.channels_last)
+
+
+def _snapshot(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+    return {
+        name: {kind: t.detach().clone() for kind, t in {"parameter": p, **optimizer.state[p]}.items()}
+        for name, p in parameters.items()
+    }
+
+
+def _set(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+    """Give a parameter its value, and the optimizer what it keeps of it."""
+    state = {kind: tensor.clone() for kind, tensor in values.items()}
+    parameter.data.copy_(state.pop("parameter"))
+    if state:
+        optimizer.state[parameter] = state
 
 
 # ------------------------------------------------------------------------------------------------------------
