@@ -21,6 +21,7 @@ from resist_ds.comm import Comm, Ledger
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import OptimizerState, PartLayout, StateLayout
 from resist_ds.options.config import Config
+from resist_ds.protocol import sync
 from resist_ds.protocol.partition import Layout, Partition, chunk_bounds, sample_partition
 from resist_ds.protocol.pieces import bytes_sent, exact_groups, groups_of
 from resist_ds.protocol.sync import Synchroniser
@@ -356,7 +357,7 @@ def test_a_synchronisation_is_means_over_holders_brought_to_the_next_ones(s: Sit
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("holders", [3, 5, 7])
+@pytest.mark.parametrize("holders", [2, 3, 5, 7])
 def test_means_of_equal_values_keep_every_bit(holders: int) -> None:
     words = np.random.default_rng(holders).integers(0, 2**32, 20_000, np.uint64).astype(np.uint32)
     values = words.view(np.float32)
@@ -370,6 +371,21 @@ def test_means_of_equal_values_keep_every_bit(holders: int) -> None:
     synchronise(vectors, (deal, deal), 2, state, budget=MIB, travel=True)
     for vector in vectors.values():
         assert_same_bits(vector.numpy(), start)
+
+
+@pytest.mark.numerical
+def test_means_of_two_are_those_of_float64() -> None:
+    """Without its sums: of any magnitudes, with halves that are subnormal and sums that are too large."""
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 400_000), np.uint64).astype(np.uint32)
+    values = words.view(np.float32)
+    with np.errstate(all="ignore"):
+        values[1, ::3] = values[0, ::3] * np.float32(1 + 1e-6)
+        values[:, ::5] *= np.float32(1e-39)
+    values = np.where(np.isfinite(values), values, np.float32(3.4e38))
+    wide = values.astype(np.float64)
+    found = torch.empty(values.shape[1])
+    sync._mean([torch.from_numpy(v) for v in values], found, torch.device("cpu"), sync.MEAN_CHUNK)
+    assert_same_bits(found.numpy(), ((wide[0] + wide[1]) / 2).astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------------
