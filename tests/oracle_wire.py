@@ -5,7 +5,7 @@ slices, no messages. Tensors go by timm's names; the pieces of shared are parts 
 From the package come only the random bits of the stochastic rounding, which are *given*, as deals are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,17 @@ def int8_units(x: np.ndarray) -> np.ndarray:
     return (-(-words // 128) * 128).astype(np.uint32).view(np.float32)  # up, seven bits shorter
 
 
+def rounded_int4(x: np.ndarray) -> np.ndarray:
+    """Four bits each, −7 … 7, in units of 1/7 of the largest of 64, itself cut to bf16 upwards."""
+    blocks = np.pad(x, (0, -len(x) % 64)).reshape(-1, 64)
+    units = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7)
+    words = units.view(np.uint32).astype(np.uint64)
+    units = (-(-words // 65536) * 65536).astype(np.uint32).view(np.float32)
+    units = np.where(units < np.float32(2.0**-126), np.float32(0), units)
+    inverse = np.divide(np.float32(1), units, where=units > 0, out=np.zeros_like(units))
+    return (np.rint(blocks * inverse) * units).reshape(-1)[: len(x)]
+
+
 def rounded_log8(x: np.ndarray) -> np.ndarray:
     """Eight values an octave, for x ≥ 0: 255 steps down from the block's largest, and 0."""
     blocks = _blocks(x)
@@ -64,6 +75,9 @@ def rounded_bf16(x: np.ndarray, random: np.ndarray) -> np.ndarray:
     """The bf16 below or above (of its magnitude), as 16 random bits say."""
     words = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64) + random.astype(np.uint64)
     return (words & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+SHARED_STATE = {"momentum_buffer": rounded_int4, "exp_avg": rounded_int8, "exp_avg_sq": rounded_log8}
 
 
 def _blocks(x: np.ndarray) -> np.ndarray:
@@ -150,14 +164,15 @@ class Compact(Exact):
                 whole = np.zeros_like(self.reference)
                 for owner, chunk in enumerate(self.chunks):
                     values = {w: _flat(ends[w], self.shared, kind)[chunk] for w in (counted or [owner])}
-                    whole[chunk] = self._averaged(kind, owner, values)
+                    arrives = SHARED_STATE[kind]
+                    whole[chunk] = self._averaged(arrives, owner, values)
                 _spread(agreed, self.shared, kind, whole)
         return agreed
 
     def _block(self, kind: str, deal: Partition, block: int, values: Mapping[int, np.ndarray]) -> np.ndarray:
         owner = deal.owners[block]
         if kind != "parameter":
-            return self._averaged(kind, owner, values)
+            return self._averaged(rounded_log8 if kind == "exp_avg_sq" else rounded_int8, owner, values)
 
         def arrives(x: np.ndarray, stage: str, worker: int) -> np.ndarray:
             return rounded_bf16(x, given_bits(deal, stage, block, worker, len(x)))
@@ -166,9 +181,10 @@ class Compact(Exact):
         return arrives(mean(arrived, np.float32), "hand_off", owner)
 
     @staticmethod
-    def _averaged(kind: str, owner: int, values: Mapping[int, np.ndarray]) -> np.ndarray:
+    def _averaged(
+        arrives: Callable[[np.ndarray], np.ndarray], owner: int, values: Mapping[int, np.ndarray]
+    ) -> np.ndarray:
         """Optimizer state: the mean of the owner's own and what reaches it, as it reaches everybody."""
-        arrives = rounded_log8 if kind == "exp_avg_sq" else rounded_int8
         return arrives(mean([x if w == owner else arrives(x) for w, x in values.items()], np.float32))
 
     def _shared_parameters(self, counted: Sequence[int], ends: Sequence[State]) -> None:

@@ -83,18 +83,20 @@ def compact_groups(state: StateLayout, pool: int, workers: int, travel: bool) ->
         UserError: an optimizer's state has no code.
     """
     groups = []
-    for lo, hi, code in _ranges(state.block, travel, wire.BF16):
+    for lo, hi, code in _ranges(state, state.block, travel, wire.BF16):
         groups.append(_blocks(state, pool, lo, hi - lo, code))
-    for lo, hi, code in _ranges(state.shared, travel, wire.INT8):
+    for lo, hi, code in _ranges(state, state.shared, travel, wire.INT8):
         groups.append(_chunks(hi - lo, lo, workers, BLOCK, code, differences=lo == 0 and code is not None))
     return tuple(groups)
 
 
-def _ranges(part: PartLayout, travel: bool, parameters: Code) -> Iterator[tuple[int, int, Code | None]]:
+def _ranges(
+    state: StateLayout, part: PartLayout, travel: bool, parameters: Code
+) -> Iterator[tuple[int, int, Code | None]]:
     """[start, stop) of a part's ranges that take part, and their code."""
     rows = [parameters]
     if travel:
-        rows += [wire.code_of_state(kind) for kind in part.state.vectors]
+        rows += [wire.code_of_state(kind, shared=part is state.shared) for kind in part.state.vectors]
     for row, code in enumerate(rows):
         start = row * part.parameters
         yield start, start + part.matrices, code

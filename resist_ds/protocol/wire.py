@@ -1,7 +1,8 @@
 """The compact wire: how values are written for their journey, as pure functions of tensors.
 
-A code writes float32 values, in blocks of 256, as bytes, and reads them back:
+A code writes float32 values as bytes, most of them in blocks of 256, and reads them back:
 
+    INT4   a block's values, 64, in steps of 1/7 of its largest: two in a byte, and the step as a bfloat16
     INT8   a block's values in steps of 1/127 of its largest: 256 × int8, and the step as a float32
     LOG8   values ≥ 0 to 3 bits behind the leading one, down from the largest: 256 × uint8, and the largest
     BF16   bfloat16, rounded up or down at random, so that its mean is the value; 2 bytes each
@@ -16,6 +17,7 @@ from functools import cache
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resist_ds.errors import UserError
@@ -23,6 +25,7 @@ from resist_ds.protocol.partition import key
 
 BLOCK = 256  # values that share a scale
 SCALE = 4  # bytes of it
+HALVES = 64  # values that share a scale where each has half a byte
 TINY = 2.0**-126  # the smallest normal float32: below it a reciprocal may overflow
 PERIOD = 1 << 16  # values whose random bits are mixed from one table
 
@@ -125,6 +128,38 @@ class _Log8(_Scaled):
         rows.copy_(torch.where(code > 0, values, 0))
 
 
+class _Int4:
+    """Half a byte for each of 64 values, two for what they share; zeros fill up the last block."""
+
+    random = False
+
+    def nbytes(self, numel: int) -> int:
+        return (HALVES // 2 + 2) * -(-numel // HALVES)
+
+    def encode(self, values: Tensor, noise: Tensor | None = None) -> Tensor:
+        rows = F.pad(values, (0, -len(values) % HALVES)).view(-1, HALVES)
+        size = rows.abs()
+        step = (size.amax(1) / 7).view(torch.int32).add_(0xFFFF).bitwise_and_(-1 << 16).view(torch.float32)
+        inverse = torch.where(step >= TINY, 1 / step, 0)
+        step = torch.where(step >= TINY, step, 0)
+        steps = torch.mul(rows, inverse[:, None], out=size).round_().to(torch.int8)
+        wire = values.new_empty(len(rows), HALVES // 2 + 2, dtype=torch.uint8)
+        low, high = steps[:, : HALVES // 2] & 15, steps[:, HALVES // 2 :] << 4
+        wire[:, :-2].view(torch.int8).copy_(low.bitwise_or_(high))
+        wire[:, -2:] = step.to(torch.bfloat16)[:, None].view(torch.uint8)
+        return wire.view(-1)
+
+    def decode(self, wire: Tensor, numel: int) -> Tensor:
+        place = wire.view(-1, HALVES // 2 + 2)
+        both = place[:, :-2].view(torch.int8)
+        step = place[:, -2:].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+        rows = wire.new_empty(len(place), HALVES, dtype=torch.float32)
+        rows[:, : HALVES // 2] = (both << 4) >> 4  # the shift back carries the sign along
+        rows[:, HALVES // 2 :] = both >> 4
+        rows *= step
+        return rows.view(-1)[:numel]
+
+
 class _BF16:
     random = True
 
@@ -141,6 +176,7 @@ class _BF16:
         return wire.view(torch.bfloat16).to(torch.float32)
 
 
+INT4: Code = _Int4()
 INT8: Code = _Int8()
 LOG8: Code = _Log8()
 BF16: Code = _BF16()
@@ -148,8 +184,10 @@ BF16: Code = _BF16()
 _OF_STATE = {"momentum_buffer": INT8, "exp_avg": INT8, "exp_avg_sq": LOG8}
 
 
-def code_of_state(kind: str) -> Code:
+def code_of_state(kind: str, *, shared: bool) -> Code:
     """The code of an optimizer's state. Raises `UserError` for one that nobody has chosen a code for."""
+    if kind == "momentum_buffer" and shared:
+        return INT4  # it is most of what would travel, and the mean over all workers
     if kind not in _OF_STATE:
         raise UserError(
             f"--wire compact does not know an optimizer's {kind}: type --wire exact, or --optimizer_state "

@@ -15,8 +15,17 @@ from torch import Tensor
 from resist_ds.nets.subnet import PartLayout, StateLayout
 from resist_ds.protocol.partition import Layout, Partition, sample_partition
 from resist_ds.protocol.sync import Synchroniser
-from resist_ds.protocol.wire import BF16, INT8, LOG8
-from tests.oracle_wire import Compact, Exact, State, given_bits, rounded_bf16, rounded_int8, rounded_log8
+from resist_ds.protocol.wire import BF16, INT4, INT8, LOG8
+from tests.oracle_wire import (
+    Compact,
+    Exact,
+    State,
+    given_bits,
+    rounded_bf16,
+    rounded_int4,
+    rounded_int8,
+    rounded_log8,
+)
 from tests.protocol.test_sync import STATES, ThreadComm, on_threads
 
 pytestmark = pytest.mark.numerical
@@ -59,13 +68,15 @@ class Situation:
         return {prefix + name: tensors for name, tensors in layout.tensors(part).items()}
 
     def begin(self) -> dict[int, Tensor]:
-        """All workers' vectors at the start: the same numbers, and zeros between tensors."""
-        generator = np.random.default_rng((self.seed, 0))
-        first = torch.zeros(self.state.numel)
-        for tensors in self.held(first, range(self.state.slots)).values():
-            for tensor in tensors.values():
-                tensor.copy_(torch.from_numpy(np.abs(_numbers(generator, tensor.numel()))).view(tensor.shape))
-        return {w: first.clone() for w in range(self.workers)}
+        """All workers' vectors at the start: the same numbers of each piece, and zeros between tensors."""
+        vectors = {w: torch.zeros(self.state.numel) for w in range(self.workers)}
+        for w, vector in vectors.items():
+            for name, tensors in self.held(vector, self.deals[0].blocks[w]).items():
+                generator = np.random.default_rng([self.seed, 0, *name.encode()])
+                for tensor in tensors.values():
+                    numbers = np.abs(_numbers(generator, tensor.numel()))
+                    tensor.copy_(torch.from_numpy(numbers).view(tensor.shape))
+        return vectors
 
     def train(self, vector: Tensor, round: int, worker: int) -> None:
         """A made-up round of a worker: small differences of all sizes, new momentum, a counter."""
@@ -192,7 +203,7 @@ def test_codes_are_the_oracles_at_the_edges_too() -> None:
         np.concatenate([halves, np.float32([127, -127])]),
         np.float32([0]),
         np.float32([-0.0, 0.0]),
-        np.float32([3.4e38, -3.4e38, 1, 1e-45]),
+        np.float32([3.37e38, -3.37e38, 1, 1e-45]),  # int4's step is up to 1/128 longer
         np.float32([1e-45, -1e-40, 1.2e-38]),  # no difference so small can be written
         np.exp(15 * generator.standard_normal(5 * 256 - 1)).astype(np.float32),
         _numbers(generator, 256),
@@ -201,6 +212,7 @@ def test_codes_are_the_oracles_at_the_edges_too() -> None:
         random = generator.integers(0, 1 << 16, len(numbers))
         noise = torch.from_numpy(random - (1 << 15)).int()
         for code, got, want in (
+            (INT4, INT4.encode(values), rounded_int4(numbers)),
             (INT8, INT8.encode(values), rounded_int8(numbers)),
             (LOG8, LOG8.encode(values.abs()), rounded_log8(np.abs(numbers))),
             (BF16, BF16.encode(values, noise), rounded_bf16(numbers, random)),
