@@ -203,6 +203,8 @@ class Comm:
         try:
             result = work()
         except Exception as e:
+            if isinstance(e, RunError) and e.alone:  # the others stand elsewhere, and cannot be told
+                raise
             error = e
         errors, results = zip(*self.gather((self._portable(error), result)), strict=True)
         failed = [e for e in errors if e is not None]

@@ -256,14 +256,18 @@ class Trainer:
         return self.comm.gather(report)
 
     def _local_steps(self, round: int, batches: Batches, signals: Signals | None) -> Report:
-        """ℓ local steps of every worker that this rank plays. No communication, but for lockstep's."""
+        """ℓ local steps of every worker that this rank plays; nothing communicates in them but lockstep's.
+
+        Behind the last ones the exchange may run. Collective then: all ranks.
+        """
         config = self.config
         if config.optimizer_state == "reset" and isinstance(self.workers, Workers):
             self.workers.reset_optimizer()
         spoilt: dict[int, str] = {}
         behind = self._steps_behind(round)
         try:
-            with one_line_when_out(self.comm.device, self.comm.rank), self.net.behind(round, behind):
+            in_a_line = partial(one_line_when_out, self.comm.device, self.comm.rank)
+            with in_a_line(), self.net.behind(round, behind), in_a_line():
                 for worker in self.workers.turns():
                     tally = self._turn(round, worker, batches, behind)
                     if worker.spoilt:
@@ -295,13 +299,13 @@ class Trainer:
         engine, rates = self.workers.engine, self.rates.of(round)
         before = len(rates) - behind
         tally = local_steps(engine, batches, rates=rates[:before])
-        worker.spoilt = self._spoilt(round, tally)
+        worker.spoilt = self._spoilt(round, tally, 0, before)
         if behind:
             assert isinstance(self.workers, Workers)
             self.net.take(round, worker, self.workers.standing(worker))
             with self.workers.subnet.final_blocks():
                 rest = local_steps(engine, batches, rates=rates[before:])
-            worker.spoilt = worker.spoilt or self._spoilt(round, rest, before)
+            worker.spoilt = worker.spoilt or self._spoilt(round, rest, before, len(rates))
             tally += rest
         return tally
 
@@ -313,16 +317,19 @@ class Trainer:
             return 0
         return self.config.overlap_steps
 
-    def _spoilt(self, round: int, tally: Tally, before: int = 0) -> str | None:
+    def _spoilt(self, round: int, tally: Tally, before: int, done: int) -> str | None:
         """Where in a round a worker first met NaN or Inf, if it did: in a loss, or in what it now holds.
 
         A gradient's reaches the weights and momentum in the same step, and the next step's loss.
+
+        Args:
+            tally: of the round's local steps from `before` to `done`.
         """
+        first = self._after(round - 1).step
         if tally.spoilt_at is not None:
-            step = self._after(round - 1).step + before + tally.spoilt_at + 1
-            return f"first in the loss of local step {step}"
+            return f"first in the loss of local step {first + before + tally.spoilt_at + 1}"
         if not self.workers.engine.is_finite():
-            return f"in the weights or momentum after local step {self._after(round).step}"
+            return f"in the weights or momentum after local step {first + done}"
         return None
 
     def _dropped(self, round: int, reports: Sequence[Report], telemetry: Telemetry) -> frozenset[int]:

@@ -26,14 +26,13 @@ class Tally:
     spoilt_at: int | None = None
 
     def __add__(self, later: "Tally") -> "Tally":
-        """Of these steps and of later ones of the same round."""
-        spoilt_at = self.spoilt_at
+        """Of these steps and of later ones of the same round; spoilt where these are."""
         return Tally(
             self.loss + later.loss,
             self.right + later.right,
             self.images + later.images,
             self.seconds + later.seconds,
-            spoilt_at,
+            self.spoilt_at,
         )
 
 

@@ -92,7 +92,7 @@ class Workers(RankWorkers):
             elif self._round_start is not None:
                 worker.vector.copy_(self._round_start)
         if self._comm.device.type == "cuda":  # idle workers' vectors are on their way back to the host
-            torch.cuda.synchronize(self._comm.device)
+            torch.cuda.current_stream(self._comm.device).synchronize()
 
     def standing(self, worker: Worker) -> Tensor:
         """What counts of a worker in its turn: its state now, or, if it is spoilt, at the round's start."""

@@ -131,7 +131,7 @@ def _fewest_steps(question: Question, chosen: Prediction) -> int:
     else:
         ddp = sent_per_step("ddp", question.blueprint, question.config, chosen.workers)
         steps = math.ceil(chosen.sent_round / (COMMUNICATION_SHARE * ddp)) if ddp else 1
-    return max(1, steps)
+    return max(1 + question.config.overlap_steps, steps)
 
 
 def _exchange_in_steps(question: Question, chosen: Prediction) -> float:

@@ -317,7 +317,7 @@ class Config:
         if self.from_pretrained == "":
             raise UserError(f"--from_pretrained is empty: type a file of weights, or {TIMM}")
         for name in self.overridden:
-            if name not in SHAPING:
+            if name not in (*SHAPING, *PLANNED):
                 near = difflib.get_close_matches(name, SHAPING, 1)
                 hint = f" (did you mean {near[0]}?)" if near else f". Those that do: {', '.join(SHAPING)}"
                 raise UserError(f"--override {name!r}: no option of that name shapes training{hint}")
@@ -455,5 +455,7 @@ class Config:
 
 FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Config)}
 TYPES: dict[str, Any] = typing.get_type_hints(Config)
+PLANNED = ("eval_every", "checkpoint_every", "checkpoint_minutes")
+"""They decide which rounds end without an overlap, so with `--overlap_steps` they shape what is trained."""
 SHAPING = tuple(name for name, each in FIELDS.items() if not each.metadata["free"])
 CHOICES = {name: typing.get_args(t) for name, t in TYPES.items() if typing.get_origin(t) is Literal}

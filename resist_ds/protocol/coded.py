@@ -18,7 +18,7 @@ from resist_ds.protocol.wire import Code, Noise
 Parcels = Mapping[tuple[int, int], Tensor]
 """{(piece, worker that has written it): uint8}."""
 
-CHUNK = 1 << 17  # values written or read at a time: a multiple of a code's blocks
+CHUNK = 1 << 17  # values written or read at a time on a CPU: a multiple of a code's blocks
 
 
 class Coder:
@@ -28,14 +28,16 @@ class Coder:
         group: that has a code.
         mine: workers that this rank plays.
         device: that computes; vectors and parcels lie there or in host memory, pinned where that is a GPU.
+        chunk: values at a time, a multiple of a code's blocks.
     """
 
-    def __init__(self, group: Pieces, mine: Sequence[int], device: torch.device):
+    def __init__(self, group: Pieces, mine: Sequence[int], device: torch.device, chunk: int = CHUNK):
         assert group.code is not None
         self.group = group
         self.code: Code = group.code
         self._mine = mine
         self._device = device
+        self._chunk = chunk
 
     def write(
         self,
@@ -46,27 +48,22 @@ class Coder:
         lo: int,
         hi: int,
         stage: str,
-        room: Tensor,
+        room: Tensor | None,
     ) -> None:
         """Write [lo, hi) of what a worker has of a piece into `room`.
 
         Args:
             stage: "aggregate"; or "hand_off": then the worker keeps what the others will read.
+            room: None: nobody will; it is kept as if.
         """
         values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
         noise = Noise(deal.draw, stage, piece, worker)
         for at, part in self._parts(values):
             written = self._encode(part, noise, lo + at)
-            self._put(room, at, written)
+            if room is not None:
+                self._put(room, at, written)
             if stage == "hand_off":
                 values[at : at + len(part)].copy_(self.code.decode(written, len(part)), non_blocking=True)
-
-    def keep(
-        self, vectors: Mapping[int, Tensor], deal: Partition, piece: int, owner: int, lo: int, hi: int
-    ) -> None:
-        """Hand a piece on to nobody: its owner keeps it where it is, as others would read it."""
-        room = torch.empty(self.code.nbytes(hi - lo), dtype=torch.uint8, device=self._device)
-        self.write(vectors, deal, piece, owner, lo, hi, "hand_off", room)
 
     def average(
         self,
@@ -105,8 +102,8 @@ class Coder:
             for worker in (w for w in move.targets if w in self._mine):
                 place = self.group.slice(vectors[worker], move.piece, worker, deal, lo, hi)
                 parcel = parcels[move.piece, move.source]
-                for at in range(0, len(place), CHUNK):
-                    part = place[at : at + CHUNK]
+                for at in range(0, len(place), self._chunk):
+                    part = place[at : at + self._chunk]
                     part.copy_(self._read(parcel, at, len(part)), non_blocking=True)
 
     def _mean(
@@ -120,10 +117,9 @@ class Coder:
         # By a tensor: by a number a GPU multiplies by its reciprocal, which may miss the last bit.
         return torch.div(total, total.new_full((), len(holders)), out=None if total is own else total)
 
-    def _encode(self, values: Tensor, noise: Noise | None, start: int) -> Tensor:
+    def _encode(self, values: Tensor, noise: Noise, start: int) -> Tensor:
         """Written values; `start`: of the first in its piece."""
-        random = noise is not None and self.code.random
-        bits = noise.bits(start, len(values), self._device) if noise and random else None
+        bits = noise.bits(start, len(values), self._device) if self.code.random else None
         return self.code.encode(values, bits)
 
     def _put(self, room: Tensor, at: int, written: Tensor) -> None:
@@ -137,8 +133,8 @@ class Coder:
 
     def _parts(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(where it begins, a part on the device) of some values."""
-        for at in range(0, len(values), CHUNK):
-            yield at, self._here(values[at : at + CHUNK])
+        for at in range(0, len(values), self._chunk):
+            yield at, self._here(values[at : at + self._chunk])
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)
@@ -154,9 +150,14 @@ class Differences(Coder):
     """
 
     def __init__(
-        self, group: Pieces, mine: Sequence[int], device: torch.device, vectors: Mapping[int, Tensor]
+        self,
+        group: Pieces,
+        mine: Sequence[int],
+        device: torch.device,
+        chunk: int,
+        vectors: Mapping[int, Tensor],
     ):
-        super().__init__(group, mine, device)
+        super().__init__(group, mine, device, chunk)
         pinned = device.type == "cuda"
         self._range = group.start(0, 0, _NOBODY), sum(group.lengths)
         self.reference, self.error = {}, {}
@@ -179,7 +180,7 @@ class Differences(Coder):
         lo: int,
         hi: int,
         stage: str,
-        room: Tensor,
+        room: Tensor | None,
     ) -> None:
         """Write a worker's difference in a chunk, or, in a hand-off, the owner's mean difference."""
         values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
@@ -189,6 +190,7 @@ class Differences(Coder):
             if stage == "aggregate":
                 change = torch.sub(self._here(values[span]), self._here(reference[span])).add_(change)
             written = self.code.encode(change)
+            assert room is not None  # a chunk of shared always has somebody to go to
             self._put(room, at, written)
             read = self.code.decode(written, len(change))
             error[span].copy_(torch.sub(change, read, out=read), non_blocking=True)
@@ -224,8 +226,9 @@ class Differences(Coder):
     ) -> None:
         """Bring the reference of each of this rank's workers up to date, and make it what they hold."""
         for (piece, _), parcel in parcels.items():
-            for at in range(0, self.group.length(piece, lo, hi), CHUNK):
-                change = self._read(parcel, at, min(CHUNK, self.group.length(piece, lo, hi) - at))
+            length = self.group.length(piece, lo, hi)
+            for at in range(0, length, self._chunk):
+                change = self._read(parcel, at, min(self._chunk, length - at))
                 new: Tensor | None = None
                 for worker in self._mine:
                     reference, _ = self._kept(worker, piece, lo + at, len(change))

@@ -4,7 +4,7 @@ What a round does to it, whoever makes the local steps: `trainer` with its own l
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.data.order import Position
-from resist_ds.errors import UserError
+from resist_ds.errors import RunError, UserError
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.precision import autocast, is_finite
 from resist_ds.nets.subnet import OptimizerState, StateDict, Worker
@@ -64,18 +64,18 @@ class GlobalModel:
         dtype = getattr(torch, config.dtype)
         self.statistics = comm.agree(lambda: start.statistics(blueprint, dtype))
         self.statistics_round = start.state.statistics_round if start.state else None
+        travel = config.optimizer_state == "travel"
         self.sync = Synchroniser(
             comm,
             layout,
             self.workers.layout,
             blueprint.pool,
             budget=config.transit_mib << 20,
-            travel=config.optimizer_state == "travel",
+            travel=travel,
             compact=config.wire == "compact",
             vectors=self.workers.vectors,
         )
 
-        travel = config.optimizer_state == "travel"
         self.overlap = Overlap(comm, self.sync, self.workers.layout, travel=travel)
         self.ahead: dict[int, Tensor] = {}
         comm.agree(lambda: self._take_up(start))
@@ -136,13 +136,16 @@ class GlobalModel:
         except Exception as error:
             if steps and not self.overlap.running:  # the others wait for this rank
                 self._begin(round, error)
-            with suppress(Exception):
+            try:
                 self.overlap.wait()
+            except Exception as other:
+                if isinstance(other, RunError) and other.alone:
+                    raise
             raise
         self.overlap.wait()
 
     def take(self, round: int, worker: Worker, vector: Tensor) -> None:
-        """A worker's blocks are final; after the last one of this rank the exchange begins.
+        """A worker's blocks are final; after the last one of this rank the exchange begins. Collective.
 
         Args:
             vector: what takes part; of a spoilt worker the round's start.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from resist_ds.comm import Comm
-from resist_ds.memory import host_bytes
+from resist_ds.errors import RunError
+from resist_ds.memory import host_bytes, one_line_when_out
 from resist_ds.nets.subnet import StateLayout
 from resist_ds.protocol.partition import Partition
 from resist_ds.protocol.sync import MEAN_CHUNK, Synchroniser
@@ -36,7 +37,7 @@ class Overlap:
     Attributes:
         vectors: {worker: vector} as it was synchronised: at the end of such a round the global model.
         dropped: workers whose round did not count when it began, on all ranks.
-        seconds: that the last exchange took; waited: that its end was waited for.
+        seconds: that the last exchange took; waited: that its copies took and its end was waited for.
     """
 
     def __init__(self, comm: Comm, sync: Synchroniser, state: StateLayout, *, travel: bool):
@@ -48,7 +49,7 @@ class Overlap:
         self._sent: dict[int, Tensor] = {}
         self._spoilt: list[int] = []
         self.dropped: frozenset[int] = frozenset()
-        self.seconds = self.waited = 0.0
+        self.seconds = self.waited = self._taking = 0.0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stream = torch.cuda.Stream(comm.device) if comm.device.type == "cuda" else None
@@ -68,12 +69,14 @@ class Overlap:
         Args:
             spoilt: its round does not count; the vector is that of the round's start.
         """
+        start = time.perf_counter()
         if worker not in self.vectors or self.vectors[worker].shape != vector.shape:
             pinned = self._stream is not None
             self.vectors[worker] = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=pinned)
             self._sent[worker] = torch.empty(self._length, dtype=vector.dtype, pin_memory=pinned)
         self.vectors[worker].copy_(vector, non_blocking=True)
         self._sent[worker].copy_(vector[: self._length], non_blocking=True)
+        self._taking += time.perf_counter() - start
         if spoilt:
             self._spoilt.append(worker)
 
@@ -101,6 +104,7 @@ class Overlap:
     def _run(self, now: Partition, then: Partition, work: Callable[[], list[int]], skip: bool) -> None:
         """The thread. Collective: all ranks."""
         queue: AbstractContextManager[object] = nullcontext()
+        begun, rank = False, self._comm.rank
         try:
             if self._stream is not None:
                 torch.cuda.set_device(self._comm.device)
@@ -109,14 +113,20 @@ class Overlap:
                 self.dropped = frozenset(w for workers in self._comm.collect(work) for w in workers)
                 if self.dropped and not skip:
                     return
-                start = time.perf_counter()
-                self._sync.aggregate(self.vectors, now, self.dropped)
-                self._sync.hand_off(self.vectors, now, then)
-                if self._stream is not None:
-                    self._stream.synchronize()
+                begun, start = True, time.perf_counter()
+                with one_line_when_out(self._comm.device, rank):
+                    self._sync.aggregate(self.vectors, now, self.dropped)
+                    self._sync.hand_off(self.vectors, now, then)
+                    if self._stream is not None:
+                        self._stream.synchronize()
                 self.seconds = time.perf_counter() - start
         except BaseException as error:
             self._error = error
+            if begun and not isinstance(error, RunError):
+                self._error = RunError(f"rank {rank}: an exchange broke off: {type(error).__name__}: {error}")
+                self._error.__cause__ = error
+            if begun and isinstance(self._error, RunError):
+                self._error.alone = True  # the others stand in it, and learn of this rank by its end
 
     def wait(self) -> None:
         """Wait for the exchange's end; raises what went wrong in it, on all ranks."""
@@ -124,7 +134,7 @@ class Overlap:
             return
         start = time.perf_counter()
         self._thread.join()
-        self.waited = time.perf_counter() - start
+        self.waited, self._taking = self._taking + time.perf_counter() - start, 0.0
         self._thread = None
         if self._error is not None:
             raise self._error
@@ -148,8 +158,8 @@ class Overlap:
                 if worker in lost:
                     part.copy_(found[: len(part)], non_blocking=True)
                 else:
-                    change = found[: len(part)] - sent[lo : lo + len(part)]
-                    part += change.to(part.device, non_blocking=True)
+                    change = found[: len(part)].to(part.device, non_blocking=True)
+                    part += change - sent[lo : lo + len(part)].to(part.device, non_blocking=True)
             shared = self._state.shared
             if NOT_NEGATIVE in shared.state.vectors and self._length > shared.parameters:
                 row = 1 + shared.state.vectors.index(NOT_NEGATIVE)

@@ -148,7 +148,8 @@ class Exchange:
 def counted(holders: tuple[int, ...], owner: int, dropped: frozenset[int]) -> tuple[int, ...]:
     """The holders whose values a piece's mean is taken of: those whose round counts.
 
-    Where none does, its owner alone: all are back at the round's start, where they held the same values.
+    Where none does, its owner alone: all are back at the round's start. (There they held the same values, but
+    for shared that had gone on being trained behind an exchange.)
     """
     return tuple(h for h in holders if h not in dropped) or (owner,)
 

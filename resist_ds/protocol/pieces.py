@@ -62,10 +62,18 @@ class Pieces:
         return numel * itemsize if self.code is None else self.code.nbytes(numel)
 
 
-def groups_of(state: StateLayout, config: Config, pool: int, workers: int) -> tuple[Pieces, ...]:
+def groups_for(
+    state: StateLayout, pool: int, workers: int, *, travel: bool, compact: bool
+) -> tuple[Pieces, ...]:
     """What a run's synchronisations carry. One worker has nobody to write to, on any wire."""
-    groups = compact_groups if config.wire == "compact" and workers > 1 else exact_groups
-    return groups(state, pool, workers, config.optimizer_state == "travel")
+    groups = compact_groups if compact and workers > 1 else exact_groups
+    return groups(state, pool, workers, travel)
+
+
+def groups_of(state: StateLayout, config: Config, pool: int, workers: int) -> tuple[Pieces, ...]:
+    """The same, as a run's options have it."""
+    travel, compact = config.optimizer_state == "travel", config.wire == "compact"
+    return groups_for(state, pool, workers, travel=travel, compact=compact)
 
 
 def exact_groups(state: StateLayout, pool: int, workers: int, travel: bool) -> tuple[Pieces, ...]:

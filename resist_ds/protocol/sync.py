@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.nets.subnet import StateLayout
-from resist_ds.protocol.coded import Coder, Differences
+from resist_ds.protocol.coded import CHUNK, Coder, Differences
 from resist_ds.protocol.partition import (
     Layout,
     Move,
@@ -33,7 +33,7 @@ from resist_ds.protocol.partition import (
     plan_hand_off,
     slice_length,
 )
-from resist_ds.protocol.pieces import Pieces, compact_groups, exact_groups
+from resist_ds.protocol.pieces import Pieces, groups_for
 from resist_ds.protocol.wire import BLOCK
 
 BERTH = 16  # bytes: a multiple of it is where a parcel may begin in the buffer
@@ -46,7 +46,8 @@ class Synchroniser:
     Args:
         pool: P.
         budget: bytes that may be in transit on a rank; at least one block is always allowed, and never more
-            used than a sub-ResNet's gradients took: so no peak rises above that of training.
+            used than a sub-ResNet's gradients took: so no peak rises above that of training, unless this runs
+            behind a step.
         travel: whether optimizer state goes with its piece and is averaged like it.
         compact: the wire.
         vectors: of this rank's workers as they begin, on the compact wire.
@@ -78,15 +79,15 @@ class Synchroniser:
         self._transit = torch.empty(0)
         self._block_length = state.block.exchanged(travel)
         self._gradients = state.shared.parameters + state.slots * state.block.parameters
-        groups = exact_groups
-        if compact and layout.workers > 1:  # one worker has nobody to write to
-            groups = compact_groups
-        self._groups = groups(state, pool, layout.workers, travel)
-        self._coders = {g: Coder(g, self._mine, comm.device) for g in self._groups if g.code is not None}
+        self._groups = groups_for(state, pool, layout.workers, travel=travel, compact=compact)
+        # Its temporaries, 24 bytes a value, are on a GPU no more than those of a mean, at another time.
+        chunk = max(BLOCK, min(1 << 19, budget // 128) // BLOCK * BLOCK) if on_gpu else CHUNK
+        place = (self._mine, comm.device, chunk)
+        self._coders = {group: Coder(group, *place) for group in self._groups if group.code is not None}
         self.differences: Differences | None = None
         for group in (g for g in self._groups if g.differences):
             assert vectors is not None
-            self.differences = Differences(group, self._mine, comm.device, vectors)
+            self.differences = Differences(group, *place, vectors)
             self._coders[group] = self.differences
 
     def aggregate(
@@ -149,7 +150,7 @@ class Synchroniser:
                 arrived = self._exchange(group, moves, vectors, now, lo, hi, "hand_off", places)
                 if coder is not None:
                     for piece, owner in mine:
-                        coder.keep(vectors, now, piece, owner, lo, hi)
+                        coder.write(vectors, now, piece, owner, lo, hi, "hand_off", None)
                     coder.place(vectors, then, moves, arrived, lo, hi)
                     continue
                 for move in (m for m in moves if (m.piece, m.source) in arrived):

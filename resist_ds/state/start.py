@@ -20,7 +20,7 @@ from resist_ds.nets.blueprint import Blueprint, Statistics
 from resist_ds.nets.initial import Initialisation, Source
 from resist_ds.nets.pretrained import Pretrained
 from resist_ds.nets.subnet import OptimizerState
-from resist_ds.options.config import FIELDS, SHAPING, TIMM, Config
+from resist_ds.options.config import FIELDS, PLANNED, SHAPING, TIMM, Config
 from resist_ds.state.checkpoint import WORKERS, Checkpoint, newest_first
 from resist_ds.state.folder import RunFolder
 from resist_ds.state.run_state import State
@@ -283,8 +283,9 @@ def _newest_sound(there: list[Path]) -> Choice:
 
 def _check(config: Mapping[str, Any], overridden: tuple[str, ...], state: State, train_size: int) -> None:
     # An option that a checkpoint does not know came later: its run had what is now the default.
-    before = {name: state.config.get(name, Config.default(name)) for name in SHAPING}
-    different = [name for name in SHAPING if config[name] != before[name]]
+    shaping = SHAPING + (PLANNED if config["overlap_steps"] else ())
+    before = {name: state.config.get(name, Config.default(name)) for name in shaping}
+    different = [name for name in shaping if config[name] != before[name]]
     for name in _NOT_TO_CHANGE:
         if name in different:
             raise UserError(

@@ -119,15 +119,15 @@ def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
     """train/…, perf/…, comm/… and mem/… keys of a round from all ranks' figures."""
     tallies = dict(sorted(item for f in ranks for item in f.tallies.items())).values()
     images = sum(t.images for t in tallies)
-    local, exposed = slowest(ranks, "local"), in_front(ranks)
+    seconds = max(f.seconds.get("local", 0.0) + in_front([f]) for f in ranks)
     each = images or math.nan  # a round that was dropped for all workers has no loss
     return {
         "train/loss": math.fsum(t.loss for t in tallies) / each,
         "train/accuracy": sum(t.right for t in tallies) / each,
-        "perf/samples_per_s": images / (local + exposed),
-        "perf/local_s": local,
+        "perf/samples_per_s": images / seconds,
+        "perf/local_s": slowest(ranks, "local"),
         "perf/sync_s": slowest(ranks, "sync"),
-        "perf/sync_exposed_s": exposed,
+        "perf/sync_exposed_s": in_front(ranks),
         "comm/bytes_round": sum(f.sent[kind] for f in ranks for kind in SYNC),
         **memory_metrics(ranks),
     }

@@ -187,7 +187,7 @@ def closing(
         ),
         f"global model: {100 * totals.accuracy[-1]:.2f} % test accuracy "
         f"(best {100 * max(totals.accuracy):.2f} %)",
-        "bytes a round: none, there was one rank"
+        f"bytes a round: none, there was one rank{in_front if layout.workers > 1 else ''}"
         if layout.ranks == 1
         else f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
         f"{layout.ranks} ranks{in_front}",

@@ -233,12 +233,18 @@ def crossing(now: Partition, then: Partition, layout: Layout, block: int, chunks
 
 
 def compact_bytes(state: StateLayout, travel: bool, now: Partition, then: Partition, layout: Layout) -> int:
-    """The same on the compact wire: a byte a number and four for 256, two a number of blocks, or all four."""
+    """The same on the compact wire: a byte a number and four for 256, two a number of blocks, or all four.
 
-    def rows(part: PartLayout, parameters: Callable[[int], int]) -> list[tuple[int, Callable[[int], int]]]:
+    Half a byte, and two for 64, where it is SGD's momentum of shared.
+    """
+
+    def rows(
+        part: PartLayout, parameters: Callable[[int], int], momentum: Callable[[int], int]
+    ) -> list[tuple[int, Callable[[int], int]]]:
         """(elements, bytes of so many) of what is written alike."""
         matrices = sum(-(-math.prod(shape) // 32) * 32 for _, shape in part.shapes if len(shape) > 1)
-        kinds = [parameters, *([scaled] * len(part.state.vectors) if travel else [])]
+        kept = [momentum if kind == "momentum_buffer" else scaled for kind in part.state.vectors]
+        kinds = [parameters, *(kept if travel else [])]
         found = [(matrices, kind) for kind in kinds]
         found += [(part.parameters - matrices, as_it_is)] * len(kinds)
         counters = part.numel - part.parameters * (1 + len(part.state.vectors))
@@ -247,12 +253,15 @@ def compact_bytes(state: StateLayout, travel: bool, now: Partition, then: Partit
     def scaled(n: int) -> int:
         return n + 4 * -(-n // 256)
 
+    def halves(n: int) -> int:
+        return 34 * -(-n // 64)
+
     def as_it_is(n: int) -> int:
         return 4 * n
 
-    block = sum(size(n) for n, size in rows(state.block, lambda n: 2 * n))
+    block = sum(size(n) for n, size in rows(state.block, lambda n: 2 * n, scaled))
     chunks = [0] * layout.workers
-    for n, size in rows(state.shared, scaled):
+    for n, size in rows(state.shared, scaled, halves):
         step = math.ceil(n / layout.workers / 256) * 256
         for c in range(layout.workers):
             chunks[c] += size(min(n, (c + 1) * step) - min(n, c * step))

@@ -24,6 +24,7 @@ from resist_ds.nets.precision import autocast
 from resist_ds.nets.subnet import StateLayout, Subnet
 from resist_ds.options.config import Config
 from resist_ds.protocol.overlap import Overlap
+from resist_ds.protocol.sync import Synchroniser
 from resist_ds.trainer import Trainer
 from tests import THREADS
 from tests.conftest import _CONTEXT, Ranks
@@ -235,7 +236,7 @@ def test_nan_stops_before_anything_is_exchanged(ranks: Ranks, tmp_path: Path) ->
     assert len(set(said)) == 1 and said[0].startswith("worker 1 met NaN") and said[0].endswith(" 0")
 
 
-def life(rank: int, size: int, store: str, options: dict[str, Any], said: Path) -> None:
+def life(rank: int, size: int, store: str, options: dict[str, Any], said: Path, dying: bool = True) -> None:
     """`train.py` on a rank, of which the second dies behind its exchange."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -243,10 +244,22 @@ def life(rank: int, size: int, store: str, options: dict[str, Any], said: Path) 
     torch.set_num_threads(1)
     comm = Comm(init_method=f"file://{store}")
     trainer.Comm = lambda: comm  # type: ignore[assignment,misc]
-    Meeting(1, STEPS - 1, dies).arrange(comm)
+    if dying:
+        Meeting(1, STEPS - 1, dies).arrange(comm)
     code = trainer.main(Config(**options))
     sys.stderr.close()
     os._exit(code)
+
+
+def broken(rank: int, size: int, store: str, options: dict[str, Any], said: Path) -> None:
+    """`train.py` on a rank, of which the second cannot hand anything on."""
+
+    def hand_off(*args: Any) -> None:
+        raise ValueError("no such piece")
+
+    if rank == 1:
+        Synchroniser.hand_off = hand_off  # type: ignore[method-assign]
+    life(rank, size, store, options, said, dying=False)
 
 
 @pytest.mark.ranks
@@ -262,6 +275,23 @@ def test_a_rank_that_is_killed_behind_its_exchange_ends_the_others_in_a_line(tmp
     assert [process.exitcode for process in ranks] == [1, -signal.SIGKILL, 1]
     lines = [line for path in (said[0], said[2]) for line in path.read_text().splitlines()]
     assert len(lines) == 1 and "lost another rank" in lines[0], lines
+
+
+@pytest.mark.ranks
+def test_an_exchange_that_breaks_on_one_rank_ends_the_others(tmp_path: Path) -> None:
+    """They stand in it and cannot be told: they learn of it by that rank's end."""
+    options = OPTIONS | {"workers": 2, "output_dir": str(tmp_path / "run")}
+    said = [tmp_path / f"rank{rank}" for rank in range(2)]
+    place = (2, str(tmp_path / "store"), options)
+    ranks = [_CONTEXT.Process(target=broken, args=(r, *place, said[r]), daemon=True) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [1, 1]
+    words = [path.read_text().splitlines() for path in said]
+    assert words[1] == ["error: rank 1: an exchange broke off: ValueError: no such piece"]
+    assert len(words[0]) == 1 and "lost another rank" in words[0][0]
 
 
 def test_copies_are_counted_once_they_are_there() -> None:

@@ -225,15 +225,18 @@ def read(folder: Path, config: Config, baselines: Sequence[int], ranks: int) -> 
     images = rounds[-1]["samples_seen"] - before
     steps = images / (config.workers * config.batch_size) / len(rounds)  # of a worker, in a round
     local, sync = (sum(record[key] for record in rounds) for key in ("perf/local_s", "perf/sync_s"))
+    # Of the rank that was slowest in both together: who waits for another in one was fast in the other.
+    # All rounds have as many images.
+    seconds = sum(images / len(rounds) / record["perf/samples_per_s"] for record in rounds)
     # What everybody waited for is all of it where nothing hides behind local steps.
     waited = sum(record.get("perf/sync_exposed_s", record["perf/sync_s"]) for record in rounds)
     sent = sum(record["comm/bytes_round"] for record in rounds) / len(rounds)
     return {
-        "samples_per_s": images / (local + waited),
+        "samples_per_s": images / seconds,
         "local_step_s": local / (steps * len(rounds) * config.workers / ranks),  # a rank plays W/R workers
         "sync_s": sync / len(rounds),
         "sync_exposed_s": waited / len(rounds),
-        "waited_share": waited / (local + waited),
+        "waited_share": waited / seconds,
         "steps": steps,
         "bytes_step": sent / steps,
         "bytes_round": sent,

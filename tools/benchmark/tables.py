@@ -109,7 +109,7 @@ def limit_of(raw: Raw, run: Raw, key: str) -> float | None:
     options, moved = variant["options"], facts["moved_bytes"][run["repeat"]]
     images = raw["workers"] * options["batch_size"] * steps
     if variant["once_a_round"]:
-        hidden = options["overlap_steps"] * raw["workers_a_rank"] * loop
+        hidden = options["overlap_steps"] * loop  # of a rank's last worker: then its exchange begins
         seconds = steps * raw["workers_a_rank"] * loop + max(0.0, exchange_of(run) - hidden)
     else:
         seconds = steps * max(loop, exchange_of(run))  # one may hide behind the other
