@@ -113,6 +113,7 @@ class Synchroniser:
             if coder is None:
                 moves = tuple(m for m in moves if self._rank(m.source) != self._rank(m.targets[0]))
             owned = [p for p, owner in enumerate(owners) if owner in self._mine]
+            self._begin(coder, vectors)
             for lo, hi in self._slices(group, moves, vectors):
                 arrived = self._exchange(group, moves, vectors, now, lo, hi, "aggregate")
                 for piece in (p for p in owned if lo < group.lengths[p]):
@@ -140,6 +141,7 @@ class Synchroniser:
             # Where a chunk of shared goes, nothing is left that must leave: it arrives in its place. Where a
             # block goes, another may still lie: it waits in the buffer until this slice of all has left.
             places = then if group.of == "shared" else None
+            self._begin(coder, vectors)
             moving = {move.piece for move in moves}
             mine = [
                 (piece, owner)
@@ -159,6 +161,11 @@ class Synchroniser:
                         if place.data_ptr() != arrived[move.piece, move.source].data_ptr():
                             place.copy_(arrived[move.piece, move.source], non_blocking=True)
         self._settle(vectors)
+
+    def _begin(self, coder: Coder | None, vectors: Mapping[int, Tensor]) -> None:
+        """Before a group without a code: the host may copy it where others are still read."""
+        if coder is None and self._coders:
+            self._settle(vectors)
 
     def _settle(self, vectors: Mapping[int, Tensor]) -> None:
         """Wait for copies between host memory and a GPU, before the host reads or writes what they touch."""

@@ -331,6 +331,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 def _to_copy(source: Tensor, *, non_blocking: bool = False, **options: Any) -> Tensor:
     device = with_index(options.pop("device", None) or source.device)
     options.pop("pin_memory", None)
+    if device.type != "cpu" and not isinstance(source, GpuTensor):
+        QUEUE.in_order(source)  # what is still on its way to there comes first
     values = aten._to_copy.default(inner(source), **options)
     if device.type == "cpu":
         if isinstance(source, GpuTensor):

@@ -252,10 +252,14 @@ def test_virtual_local_ranks(found: Found) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_local_step_waits_for_nothing(found: Found, name: str) -> None:
-    """It asks for no answer of the device, copies nothing from it, and to it from pinned memory alone."""
+    """It asks for no answer of the device, copies nothing from it, and to it from pinned memory alone.
+
+    An exchange behind local steps does so on a thread of its own, for which it waits; all that is in `protocol/`.
+    """
     known = {fault for fault, runs in (KNOWN | OF_OTHERS).items() if name in runs}
+    beside = "protocol/" if "overlap_steps" in RUNS[name][1] else "-"
     for rank in found.seen[name]:
-        assert set(rank.faults) == known
+        assert {fault for fault in rank.faults if not fault.startswith(beside)} == known
         assert rank.steps > 0 and rank.launches > 100  # it was looked at all
 
 
