@@ -254,7 +254,7 @@ def test_virtual_local_ranks(found: Found) -> None:
 def test_a_local_step_waits_for_nothing(found: Found, name: str) -> None:
     """It asks for no answer of the device, copies nothing from it, and to it from pinned memory alone.
 
-    An exchange behind local steps does so on a thread of its own, for which it waits; all that is in `protocol/`.
+    An exchange behind local steps does so, on a thread of its own: all that is in `protocol/`.
     """
     known = {fault for fault, runs in (KNOWN | OF_OTHERS).items() if name in runs}
     beside = "protocol/" if "overlap_steps" in RUNS[name][1] else "-"
