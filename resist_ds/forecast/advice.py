@@ -83,7 +83,7 @@ def advice(plan: Plan) -> list[Advice]:
 
 
 def _relative(question: Question, workers: int, slots: int, wire: Wire) -> str:
-    blueprint, config = question.blueprint, replace(question.config, wire=wire)
+    blueprint, config = question.blueprint, replace(question.config, strategy="resist", wire=wire)
     full = sent_per_round(blueprint, config, workers, blueprint.pool)
     share = sent_per_round(blueprint, config, workers, slots) / full if full else 1.0
     return f"{100 * share:.0f} %"

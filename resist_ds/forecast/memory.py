@@ -15,7 +15,10 @@ from resist_ds.protocol.coded import CHUNK
 from resist_ds.protocol.sync import MEAN_CHUNK
 
 AVERAGING = 8 * MEAN_CHUNK  # bytes of a sum in float64, on a CPU
-CODING = 24 * CHUNK  # bytes of what is written or read at a time, and on the way there
+CODING = {
+    "sgd": 16 * CHUNK,
+    "adamw": 24 * CHUNK,
+}  # of what is written or read at a time; second moments take more
 
 
 def memory_of(
@@ -40,7 +43,7 @@ def memory_of(
         kept = _kept(layout, workers, config)
         sync = usage.state + transit
         if device == "cpu":  # on a GPU all this is in host memory, or within the budget
-            working = CODING if config.wire == "compact" and workers > 1 else AVERAGING
+            working = CODING[config.optimizer] if config.wire == "compact" and workers > 1 else AVERAGING
             sync += kept + working
             step += kept + (working if config.overlap_steps else 0)
     return {

@@ -172,7 +172,9 @@ class Plan:
             batch: images per worker, if not `--batch_size`.
         """
         question, blueprint = self.question, self.question.blueprint
-        config = replace(question.config, wire=wire)
+        config = replace(question.config, wire="exact")
+        if wire != "exact":  # which the strategy that was typed need not have
+            config = replace(config, strategy=strategy, wire=wire)  # type: ignore[arg-type]
         batch = batch or config.batch_size
         if strategy != "resist":
             slots = blueprint.pool

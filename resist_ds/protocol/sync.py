@@ -285,7 +285,7 @@ def _mean(values: Sequence[Tensor], out: Tensor, device: torch.device, chunk: in
         chunk: elements at a time.
     """
     if len(values) == 2 and device.type == "cpu":
-        for parts in zip(out.split(chunk // 2), *(value.split(chunk // 2) for value in values), strict=True):
+        for parts in zip(out.split(chunk), *(value.split(chunk) for value in values), strict=True):
             total = parts[1] + parts[2]
             if total.abs().amax() < math.inf:
                 torch.mul(total, 0.5, out=parts[0])

@@ -312,13 +312,13 @@ def test_what_a_later_version_counts_or_asks_besides_is_no_reason_to_stop(
 
     def later(content: dict[str, Any]) -> None:
         content["totals"]["joules"] = 3
-        content["config"]["wire"] = "compact"
+        content["config"]["postage"] = "paid"
         content["config_hash"] = config_hash(content["config"])
 
     change(run / "checkpoints" / NEWEST / "state.json", later)
     options = {"resume": "auto", "rounds": 3, "override": "rounds", "output_dir": str(run)}
     (result,) = ranks(outcome, 1, tmp_path, options)
-    said = "warning: the checkpoint's run had options that are unknown here: wire (compact)\n"
+    said = "warning: the checkpoint's run had options that are unknown here: postage (paid)\n"
     assert result == (0, said)
     assert checkpoints(run) == ["round-000001", NEWEST, "round-000003"]
 

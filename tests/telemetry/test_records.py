@@ -153,8 +153,9 @@ def test_figures_of_training_are_means_over_the_images(run: Run) -> None:
         assert 1.5 < record["train/loss"] < 4  # ln 10 = 2.3, hardly trained
         right = record["train/accuracy"] * STEPS * W * BATCH
         assert right == pytest.approx(round(right), abs=1e-9)
-        busy = record["perf/local_s"] + record["perf/sync_s"]
-        assert record["perf/samples_per_s"] == pytest.approx(STEPS * W * BATCH / busy)
+        busy = STEPS * W * BATCH / record["perf/samples_per_s"]  # of the slowest rank in both
+        parts = record["perf/local_s"], record["perf/sync_exposed_s"]
+        assert max(parts) < busy <= sum(parts) * (1 + 1e-9)
         assert min(record["perf/local_s"], record["perf/sync_s"]) > 0
     for record in run.evals:
         right = record["eval/accuracy"] * 512
