@@ -24,7 +24,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from resist_ds.errors import RunError, UserError
+from resist_ds.errors import LostRankError, RunError, UserError
 from resist_ds.launcher import Launch
 from resist_ds.rendezvous import Identity, lack, meet, places
 
@@ -258,7 +258,7 @@ class Comm:
         except RuntimeError as error:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
-            lost = RunError(
+            lost = LostRankError(
                 f"rank {self.rank} lost another rank, whose own message or exit says why ({_in_short(error)})"
             )
             lost.alone = (

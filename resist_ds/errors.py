@@ -37,6 +37,10 @@ class DataError(RunError):
     """Images cannot be had: a file that cannot be read, a loader process that has ended."""
 
 
+class LostRankError(RunError):
+    """Another rank is gone: all that were waiting for it find out by themselves."""
+
+
 class NotFiniteError(RunError):
     """A worker met NaN or Inf (`--on_nan stop`). Exit code 3."""
 

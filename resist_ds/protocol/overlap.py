@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resist_ds.comm import Comm
-from resist_ds.errors import RunError
+from resist_ds.errors import LostRankError, RunError
 from resist_ds.memory import host_bytes, one_line_when_out
 from resist_ds.nets.subnet import StateLayout
 from resist_ds.protocol.partition import Partition
@@ -125,7 +125,7 @@ class Overlap:
             if begun and not isinstance(error, RunError):
                 self._error = RunError(f"rank {rank}: an exchange broke off: {type(error).__name__}: {error}")
                 self._error.__cause__ = error
-            if begun and isinstance(self._error, RunError):
+            if begun and isinstance(self._error, RunError) and not isinstance(error, LostRankError):
                 self._error.alone = True  # the others stand in it, and learn of this rank by its end
 
     def wait(self) -> None:

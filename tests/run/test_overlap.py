@@ -159,7 +159,7 @@ def spoils(result: Any) -> Any:
     return result[0] * math.nan, result[1]
 
 
-def dies(result: Any) -> Any:
+def dies(*_: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -262,34 +262,41 @@ def broken(rank: int, size: int, store: str, options: dict[str, Any], said: Path
     life(rank, size, store, options, said, dying=False)
 
 
-@pytest.mark.ranks
-def test_a_rank_that_is_killed_behind_its_exchange_ends_the_others_in_a_line(tmp_path: Path) -> None:
-    options = OPTIONS | {"workers": 3, "output_dir": str(tmp_path / "run"), "progress": False}
-    said = [tmp_path / f"rank{rank}" for rank in range(3)]
-    place = (3, str(tmp_path / "store"), options)
-    ranks = [_CONTEXT.Process(target=life, args=(r, *place, said[r]), daemon=True) for r in range(3)]
+def ends(lives: Callable[..., None], size: int, folder: Path) -> tuple[list[int | None], list[list[str]]]:
+    """Exit code of every rank, and the lines that it wrote to stderr."""
+    options = OPTIONS | {"workers": size, "output_dir": str(folder / "run")}
+    said = [folder / f"rank{rank}" for rank in range(size)]
+    place = (size, str(folder / "store"), options)
+    ranks = [_CONTEXT.Process(target=lives, args=(r, *place, said[r]), daemon=True) for r in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(60)
-    assert [process.exitcode for process in ranks] == [1, -signal.SIGKILL, 1]
-    lines = [line for path in (said[0], said[2]) for line in path.read_text().splitlines()]
+    return [process.exitcode for process in ranks], [path.read_text().splitlines() for path in said]
+
+
+def killed(rank: int, size: int, store: str, options: dict[str, Any], said: Path) -> None:
+    """`train.py` on a rank, of which the second dies in its exchange."""
+    if rank == 1:
+        Synchroniser.hand_off = dies  # type: ignore[method-assign,assignment]
+    life(rank, size, store, options, said, dying=False)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("lives", [life, killed])
+def test_a_rank_that_is_killed_ends_the_others_in_a_line(lives: Callable[..., None], tmp_path: Path) -> None:
+    """Behind its exchange, and in it, where all the others wait for it at once."""
+    codes, words = ends(lives, 3, tmp_path)
+    assert codes == [1, -signal.SIGKILL, 1]
+    lines = [*words[0], *words[2]]
     assert len(lines) == 1 and "lost another rank" in lines[0], lines
 
 
 @pytest.mark.ranks
 def test_an_exchange_that_breaks_on_one_rank_ends_the_others(tmp_path: Path) -> None:
     """They stand in it and cannot be told: they learn of it by that rank's end."""
-    options = OPTIONS | {"workers": 2, "output_dir": str(tmp_path / "run")}
-    said = [tmp_path / f"rank{rank}" for rank in range(2)]
-    place = (2, str(tmp_path / "store"), options)
-    ranks = [_CONTEXT.Process(target=broken, args=(r, *place, said[r]), daemon=True) for r in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [1, 1]
-    words = [path.read_text().splitlines() for path in said]
+    codes, words = ends(broken, 2, tmp_path)
+    assert codes == [1, 1]
     assert words[1] == ["error: rank 1: an exchange broke off: ValueError: no such piece"]
     assert len(words[0]) == 1 and "lost another rank" in words[0][0]
 
