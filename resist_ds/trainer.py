@@ -312,6 +312,8 @@ class Trainer:
     def _steps_behind(self, round: int) -> int:
         """τ: none where all workers must hold the same when the round ends."""
         net = self.net
+        if not self.config.overlap_steps:
+            return 0
         alike = self._evaluation_is_due(round) or self._checkpoint_is_due(round, by_clock=False)
         if alike or net.layout.workers == 1 or net.partition(round + 1).slots != net.deal.slots:
             return 0

@@ -6,6 +6,7 @@ workers agree on, and what rounding takes from them is kept, and added the next 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,26 @@ from resist_ds.protocol.wire import Code, Noise
 
 Parcels = Mapping[tuple[int, int], Tensor]
 """{(piece, worker that has written it): uint8}."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Elements [lo, hi) of every piece: what one pass of an exchange carries.
+
+    Attributes:
+        vectors: of this rank's workers.
+        deal: by which pieces lie in them.
+    """
+
+    vectors: Mapping[int, Tensor]
+    deal: Partition
+    lo: int
+    hi: int
+
+    def of(self, group: Pieces, piece: int, worker: int) -> Tensor:
+        """View of what a worker has of a piece."""
+        return group.slice(self.vectors[worker], piece, worker, self.deal, self.lo, self.hi)
+
 
 CHUNK = 1 << 17  # values written or read at a time on a CPU: a multiple of a code's blocks
 
@@ -39,43 +60,23 @@ class Coder:
         self._device = device
         self._chunk = chunk
 
-    def write(
-        self,
-        vectors: Mapping[int, Tensor],
-        deal: Partition,
-        piece: int,
-        worker: int,
-        lo: int,
-        hi: int,
-        stage: str,
-        room: Tensor | None,
-    ) -> None:
-        """Write [lo, hi) of what a worker has of a piece into `room`.
+    def write(self, now: Pass, piece: int, worker: int, stage: str, room: Tensor | None) -> None:
+        """Write what a worker has of a piece into `room`.
 
         Args:
             stage: "aggregate"; or "hand_off": then the worker keeps what the others will read.
             room: None: nobody will; it is kept as if.
         """
-        values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
-        noise = Noise(deal.draw, stage, piece, worker)
+        values = now.of(self.group, piece, worker)
+        noise = Noise(now.deal.draw, stage, piece, worker)
         for at, part in self._parts(values):
-            written = self._encode(part, noise, lo + at)
+            written = self._encode(part, noise, now.lo + at)
             if room is not None:
                 self._put(room, at, written)
             if stage == "hand_off":
                 values[at : at + len(part)].copy_(self.code.decode(written, len(part)), non_blocking=True)
 
-    def average(
-        self,
-        vectors: Mapping[int, Tensor],
-        deal: Partition,
-        piece: int,
-        owner: int,
-        holders: Sequence[int],
-        parcels: Parcels,
-        lo: int,
-        hi: int,
-    ) -> None:
+    def average(self, now: Pass, piece: int, owner: int, holders: Sequence[int], parcels: Parcels) -> None:
         """Leave the mean over `holders`, in their order, with the owner.
 
         The owner's own values are as they are. In float32: what can be written has so few bits that the mean
@@ -83,24 +84,16 @@ class Coder:
         """
         if tuple(holders) == (owner,):
             return
-        out = self.group.slice(vectors[owner], piece, owner, deal, lo, hi)
+        out = now.of(self.group, piece, owner)
         for at, own in self._parts(out):
             mean = self._mean(own, piece, owner, holders, parcels, at)
             out[at : at + len(own)].copy_(mean, non_blocking=True)
 
-    def place(
-        self,
-        vectors: Mapping[int, Tensor],
-        deal: Partition,
-        moves: Sequence[Move],
-        parcels: Parcels,
-        lo: int,
-        hi: int,
-    ) -> None:
-        """Read what this rank's workers hold in the next round, whose deal it is."""
+    def place(self, then: Pass, moves: Sequence[Move], parcels: Parcels) -> None:
+        """Read what this rank's workers hold in the next round."""
         for move in (m for m in moves if (m.piece, m.source) in parcels):
             for worker in (w for w in move.targets if w in self._mine):
-                place = self.group.slice(vectors[worker], move.piece, worker, deal, lo, hi)
+                place = then.of(self.group, move.piece, worker)
                 parcel = parcels[move.piece, move.source]
                 for at in range(0, len(place), self._chunk):
                     part = place[at : at + self._chunk]
@@ -171,20 +164,10 @@ class Differences(Coder):
         """Host memory of what is kept."""
         return sum(host_bytes(t) for kept in (self.reference, self.error) for t in kept.values())
 
-    def write(
-        self,
-        vectors: Mapping[int, Tensor],
-        deal: Partition,
-        piece: int,
-        worker: int,
-        lo: int,
-        hi: int,
-        stage: str,
-        room: Tensor | None,
-    ) -> None:
+    def write(self, now: Pass, piece: int, worker: int, stage: str, room: Tensor | None) -> None:
         """Write a worker's difference in a chunk, or, in a hand-off, the owner's mean difference."""
-        values = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
-        reference, error = self._kept(worker, piece, lo, len(values))
+        values = now.of(self.group, piece, worker)
+        reference, error = self._kept(worker, piece, now.lo, len(values))
         for at, change in self._parts(error):
             span = slice(at, at + len(change))
             if stage == "aggregate":
@@ -195,46 +178,28 @@ class Differences(Coder):
             read = self.code.decode(written, len(change))
             error[span].copy_(torch.sub(change, read, out=read), non_blocking=True)
 
-    def average(
-        self,
-        vectors: Mapping[int, Tensor],
-        deal: Partition,
-        piece: int,
-        owner: int,
-        holders: Sequence[int],
-        parcels: Parcels,
-        lo: int,
-        hi: int,
-    ) -> None:
+    def average(self, now: Pass, piece: int, owner: int, holders: Sequence[int], parcels: Parcels) -> None:
         """Add the mean difference to what the owner has kept: that is what it hands off."""
-        values = self.group.slice(vectors[owner], piece, owner, deal, lo, hi)
-        reference, error = self._kept(owner, piece, lo, len(values))
+        values = now.of(self.group, piece, owner)
+        reference, error = self._kept(owner, piece, now.lo, len(values))
         for at, kept in self._parts(error):
             span = slice(at, at + len(kept))
             own = self._here(values[span]) - self._here(reference[span])
             mean = self._mean(own, piece, owner, holders, parcels, at)
             error[span].copy_(kept + mean, non_blocking=True)
 
-    def place(
-        self,
-        vectors: Mapping[int, Tensor],
-        deal: Partition,
-        moves: Sequence[Move],
-        parcels: Parcels,
-        lo: int,
-        hi: int,
-    ) -> None:
+    def place(self, then: Pass, moves: Sequence[Move], parcels: Parcels) -> None:
         """Bring the reference of each of this rank's workers up to date, and make it what they hold."""
         for (piece, _), parcel in parcels.items():
-            length = self.group.length(piece, lo, hi)
+            length = self.group.length(piece, then.lo, then.hi)
             for at in range(0, length, self._chunk):
                 change = self._read(parcel, at, min(self._chunk, length - at))
                 new: Tensor | None = None
                 for worker in self._mine:
-                    reference, _ = self._kept(worker, piece, lo + at, len(change))
+                    reference, _ = self._kept(worker, piece, then.lo + at, len(change))
                     new = change.add_(self._here(reference)) if new is None else new  # all agree on it
                     reference.copy_(new, non_blocking=True)
-                    place = self.group.slice(vectors[worker], piece, worker, deal, lo, hi)
+                    place = then.of(self.group, piece, worker)
                     place[at : at + len(change)].copy_(new, non_blocking=True)
 
     def _kept(self, worker: int, piece: int, lo: int, length: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resist_ds.comm import Comm
 from resist_ds.nets.subnet import StateLayout
-from resist_ds.protocol.coded import CHUNK, Coder, Differences
+from resist_ds.protocol.coded import CHUNK, Coder, Differences, Pass
 from resist_ds.protocol.partition import (
     Layout,
     Move,
@@ -121,7 +121,7 @@ class Synchroniser:
                     if coder is not None:
                         if group.differences and owner in dropped and of == (owner,):
                             continue  # nobody is counted: nothing has changed
-                        coder.average(vectors, now, piece, owner, of, arrived, lo, hi)
+                        coder.average(Pass(vectors, now, lo, hi), piece, owner, of, arrived)
                     elif of != (owner,):
                         values = [
                             group.slice(vectors[w], piece, w, now, lo, hi)
@@ -142,18 +142,13 @@ class Synchroniser:
             # block goes, another may still lie: it waits in the buffer until this slice of all has left.
             places = then if group.of == "shared" else None
             self._begin(coder, vectors)
-            moving = {move.piece for move in moves}
-            mine = [
-                (piece, owner)
-                for piece, owner in enumerate(now.owners)
-                if group.of == "blocks" and owner in self._mine and piece not in moving
-            ]
+            staying = self._staying(now, moves) if coder is not None and group.of == "blocks" else []
             for lo, hi in self._slices(group, moves, vectors):
                 arrived = self._exchange(group, moves, vectors, now, lo, hi, "hand_off", places)
                 if coder is not None:
-                    for piece, owner in mine:
-                        coder.write(vectors, now, piece, owner, lo, hi, "hand_off", None)
-                    coder.place(vectors, then, moves, arrived, lo, hi)
+                    for piece, owner in staying:
+                        coder.write(Pass(vectors, now, lo, hi), piece, owner, "hand_off", None)
+                    coder.place(Pass(vectors, then, lo, hi), moves, arrived)
                     continue
                 for move in (m for m in moves if (m.piece, m.source) in arrived):
                     for worker in (w for w in move.targets if w in self._mine):
@@ -161,6 +156,11 @@ class Synchroniser:
                         if place.data_ptr() != arrived[move.piece, move.source].data_ptr():
                             place.copy_(arrived[move.piece, move.source], non_blocking=True)
         self._settle(vectors)
+
+    def _staying(self, now: Partition, moves: Sequence[Move]) -> list[tuple[int, int]]:
+        """(block, owner) of those of this rank's workers' blocks that go to nobody."""
+        moving = {move.piece for move in moves}
+        return [(b, owner) for b, owner in enumerate(now.owners) if owner in self._mine and b not in moving]
 
     def _begin(self, coder: Coder | None, vectors: Mapping[int, Tensor]) -> None:
         """Before a group without a code: the host may copy it where others are still read."""
@@ -235,7 +235,7 @@ class Synchroniser:
                 if (move.piece, move.source) in arrived:
                     return arrived[move.piece, move.source]
                 written = room(coder.code.nbytes(length))
-                coder.write(vectors, now, move.piece, move.source, lo, hi, kind, written)
+                coder.write(Pass(vectors, now, lo, hi), move.piece, move.source, kind, written)
                 arrived[move.piece, move.source] = written
                 return written
             part = group.slice(vectors[move.source], move.piece, move.source, now, lo, hi)

@@ -12,6 +12,7 @@ own writing, holds what everybody else does. Nothing here communicates. (Roundin
 added the next time: "1-bit SGD", Seide et al., 2014; pseudo-gradients in few bits: arXiv 2501.18512.)
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -53,7 +54,7 @@ class Code(Protocol):
         """float32 [numel] of what `encode` has written."""
 
 
-class _Scaled:
+class _Scaled(ABC):
     """A byte for each value and four for what a block of them shares; the last block may be shorter."""
 
     random = False
@@ -73,12 +74,13 @@ class _Scaled:
             self._read(place, rows)
         return values
 
+    @abstractmethod
     def _write(self, rows: Tensor, place: Tensor) -> None:
         """Write rows [blocks, size] to uint8 [blocks, size + 4]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, place: Tensor, rows: Tensor) -> None:
-        raise NotImplementedError
+        """Read what `_write` has written."""
 
 
 def _rows(values: Tensor, wire: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -98,14 +100,24 @@ def _shared(place: Tensor) -> Tensor:
     return place[:, -SCALE:].clone(memory_format=torch.contiguous_format)
 
 
+def _in_steps(rows: Tensor, most: int, cut: int) -> tuple[Tensor, Tensor]:
+    """Rows [blocks, size] in whole steps of a `most`th of each one's largest, and the steps [blocks].
+
+    Args:
+        cut: steps are rounded up to multiples of it, as integers of their bits: `most` of them are then a
+            float32 again, whose `most`th part is this step.
+    """
+    size = rows.abs()
+    step = (size.amax(1) / most).view(torch.int32).add_(cut - 1).bitwise_and_(-cut).view(torch.float32)
+    inverse = torch.where(step >= TINY, 1 / step, 0)
+    step = torch.where(step >= TINY, step, 0)
+    return torch.mul(rows, inverse[:, None], out=size).round_(), step
+
+
 class _Int8(_Scaled):
     def _write(self, rows: Tensor, place: Tensor) -> None:
-        # 17 bits of the step's 24: 127 steps are then a float32 again, whose 127th part is this step.
-        size = rows.abs()
-        step = (size.amax(1) / 127).view(torch.int32).add_(127).bitwise_and_(-128).view(torch.float32)
-        inverse = torch.where(step >= TINY, 1 / step, 0)
-        step = torch.where(step >= TINY, step, 0)
-        place[:, :-SCALE].view(torch.int8).copy_(torch.mul(rows, inverse[:, None], out=size).round_())
+        steps, step = _in_steps(rows, 127, 1 << 7)
+        place[:, :-SCALE].view(torch.int8).copy_(steps)
         place[:, -SCALE:] = step[:, None].view(torch.uint8)
 
     def _read(self, place: Tensor, rows: Tensor) -> None:
@@ -138,11 +150,8 @@ class _Int4:
 
     def encode(self, values: Tensor, noise: Tensor | None = None) -> Tensor:
         rows = F.pad(values, (0, -len(values) % HALVES)).view(-1, HALVES)
-        size = rows.abs()
-        step = (size.amax(1) / 7).view(torch.int32).add_(0xFFFF).bitwise_and_(-1 << 16).view(torch.float32)
-        inverse = torch.where(step >= TINY, 1 / step, 0)
-        step = torch.where(step >= TINY, step, 0)
-        steps = torch.mul(rows, inverse[:, None], out=size).round_().to(torch.int8)
+        whole, step = _in_steps(rows, 7, 1 << 16)
+        steps = whole.to(torch.int8)
         wire = values.new_empty(len(rows), HALVES // 2 + 2, dtype=torch.uint8)
         low, high = steps[:, : HALVES // 2] & 15, steps[:, HALVES // 2 :] << 4
         wire[:, :-2].view(torch.int8).copy_(low.bitwise_or_(high))
