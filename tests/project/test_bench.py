@@ -263,8 +263,11 @@ def test_peers_stand_beside_ours_and_say_why_they_do_not_run(tmp_path: Path) -> 
     assert (tmp_path / "out" / "runs" / "1-local_sgd-optimizer_state=reset" / "run").is_dir()
     for run in raw["runs"]:
         waited = run["sync_exposed_s"]
-        assert run["samples_per_s"] == pytest.approx(2 * 2 * 4 / (4 * run["local_step_s"] + waited), rel=1e-6)
-        assert run["waited_share"] == pytest.approx(waited / (4 * run["local_step_s"] + waited), rel=1e-6)
+        local, round_s = 4 * run["local_step_s"], 2 * 2 * 4 / run["samples_per_s"]
+        # Each of ours is the slowest rank's, and who is slow in one was fast in the other.
+        assert max(local, waited) * (1 - 1e-6) <= round_s <= (local + waited) * (1 + 1e-6)
+        assert run["strategy"] == ours or round_s == pytest.approx(local + waited, rel=1e-6)
+        assert run["waited_share"] == pytest.approx(waited / round_s, rel=1e-6)
         assert 0 < run["peak_train_bytes"] < run["baseline_bytes"]
         if run["strategy"] == theirs:
             assert run["package"].startswith("accelerate ") and run["sync_s"] is None
