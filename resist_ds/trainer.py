@@ -143,7 +143,8 @@ class Trainer:
             NotFiniteError: a worker met NaN or Inf under `--on_nan stop`.
         """
         net = self.net
-        job = report.Job(self.config, self.comm, net.layout, net.blueprint, self.data, self.timetable)
+        behind = sum(self._steps_behind(r) > 0 for r in range(self.start.position.round, self.rounds))
+        job = report.Job(self.config, self.comm, net.layout, net.blueprint, self.data, self.timetable, behind)
         if self.start.position.round >= self.rounds:
             if self.comm.rank == 0:
                 done = self.start.position.round
@@ -311,13 +312,11 @@ class Trainer:
 
     def _steps_behind(self, round: int) -> int:
         """τ: none where all workers must hold the same when the round ends."""
-        net = self.net
         if not self.config.overlap_steps:
             return 0
         alike = self._evaluation_is_due(round) or self._checkpoint_is_due(round, by_clock=False)
-        if alike or net.layout.workers == 1 or net.partition(round + 1).slots != net.deal.slots:
-            return 0
-        return self.config.overlap_steps
+        changes = round + 1 == self.config.warmup_rounds  # K
+        return 0 if alike or changes or self.net.layout.workers == 1 else self.config.overlap_steps
 
     def _spoilt(self, round: int, tally: Tally, before: int, done: int) -> str | None:
         """Where in a round a worker first met NaN or Inf, if it did: in a loss, or in what it now holds.

@@ -6,6 +6,7 @@ published formulas.
 
 from resist_ds.forecast.footprint import Device, Usage
 from resist_ds.forecast.traffic import fsdp_units, gathered_itemsize
+from resist_ds.memory import pinned_bytes
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
@@ -40,7 +41,7 @@ def memory_of(
     if strategy in ("resist", "local_sgd"):
         travel = config.optimizer_state == "travel"
         transit = max(min(config.transit_mib << 20, weights), layout.block.exchanged(travel) * size)
-        kept = _kept(layout, workers, config)
+        kept = _kept(layout, workers, config, device)
         sync = usage.state + transit
         if device == "cpu":  # on a GPU all this is in host memory, or within the budget
             working = CODING[config.optimizer] if config.wire == "compact" and workers > 1 else AVERAGING
@@ -56,15 +57,15 @@ def memory_of(
     }
 
 
-def _kept(layout: StateLayout, workers: int, config: Config) -> int:
-    """Bytes that a worker keeps beside its vector for `--wire compact` and `--overlap_steps`."""
-    kept = 0
+def _kept(layout: StateLayout, workers: int, config: Config, device: Device) -> int:
+    """Host memory that a worker's `--wire compact` and `--overlap_steps` keep beside its vector, in bytes."""
+    tensors = []
     if config.wire == "compact" and workers > 1:  # the reference and the errors, float32
-        kept += 2 * 4 * layout.shared.matrices
+        tensors += [4 * layout.shared.matrices] * 2
     if config.overlap_steps:  # what takes part, and of shared once more what was sent
         sent = layout.shared.exchanged(config.optimizer_state == "travel")
-        kept += (layout.numel + sent) * itemsize(config)
-    return kept
+        tensors += [layout.numel * itemsize(config), sent * itemsize(config)]
+    return sum(map(pinned_bytes, tensors) if device == "cuda" else tensors)
 
 
 def _peak(strategy: str, ranks: int, usage: Usage, held: int, blueprint: Blueprint, config: Config) -> int:

@@ -32,7 +32,11 @@ SHORT = 50  # local steps of a rank: a run that has no more is over before its p
 
 @dataclass(frozen=True)
 class Job:
-    """The facts of a run."""
+    """The facts of a run.
+
+    Attributes:
+        behind: rounds from here on whose exchange runs behind local steps (`--overlap_steps`).
+    """
 
     config: Config
     comm: Comm
@@ -40,6 +44,7 @@ class Job:
     blueprint: Blueprint
     data: Data
     timetable: Timetable
+    behind: int = 0
 
     def settings(self) -> dict[str, Any]:
         """Every option, what was derived from them, versions and commit, for the tracker and the summary.
@@ -88,6 +93,12 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{_count(job.timetable.rounds, 'round')} of {_length(job.timetable)} × "
         f"{_count(config.batch_size, 'image')} per worker",
     ]
+    if config.overlap_steps:
+        left = job.timetable.rounds - start.position.round
+        lines.append(
+            f"exchanged behind the last {_count(config.overlap_steps, 'local step')} of {job.behind} of "
+            f"{_count(left, 'round')}: not where evaluation, a checkpoint, another K or the end follows"
+        )
     steps = (job.timetable.end.step - start.position.step) * len(layout.workers_of(comm.rank))
     if steps > SHORT and (predicted := _predicted(job, slots, deal.slots)):
         lines.append(predicted)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import runpy
 import sys
 from collections.abc import Callable
@@ -295,7 +296,9 @@ def test_an_overlap_keeps_two_copies_and_hides_its_steps(paper: Plan) -> None:
         plan_like(paper, device=device, **timed).predict("resist", 4) for device in ("cpu", "cuda")
     )
     layout = StateLayout.of(paper.question.blueprint, config, there.slots)
-    assert here.kept == there.kept == 4 * (layout.numel + layout.shared.numel)
+    copies = 4 * layout.numel, 4 * layout.shared.numel
+    assert here.kept == sum(copies)
+    assert there.kept == sum(2 ** math.ceil(math.log2(size)) for size in copies) > here.kept  # pinned
     alone = plan_like(paper, device="cpu", speed=1e12).predict("resist", 4)
     assert here.sync == alone.sync + here.kept
     assert here.step == alone.step + here.kept + AVERAGING  # an average is taken beside it

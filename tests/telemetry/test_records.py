@@ -312,7 +312,8 @@ def opening(comm: Comm, options: dict[str, Any], images_on: str = "cpu") -> str:
     trainer = Trainer(comm, Config(**options))
     data = trainer.data.placed(torch.device(images_on), 1024)
     facts = (trainer.config, comm, trainer.net.layout, trainer.net.blueprint, data, trainer.timetable)
-    return report.opening(report.Job(*facts), trainer.net.deal, trainer.start)
+    behind = sum(trainer._steps_behind(round) > 0 for round in range(trainer.rounds))
+    return report.opening(report.Job(*facts, behind), trainer.net.deal, trainer.start)
 
 
 @pytest.mark.parametrize("strategy", ["resist", "local_sgd", "ddp", "fsdp", "zero2"])
@@ -327,6 +328,13 @@ def test_the_first_lines_predict_memory_and_bytes(strategy: str, ranks: Ranks, t
     expected = plan.Plan(question).predict(strategy, 2)
     assert float(peak) == pytest.approx(expected.peak / 2**20, abs=0.51)
     assert float(sent) == pytest.approx(expected.sent_round / 1e6, abs=0.051)
+
+
+def test_the_first_lines_say_how_many_rounds_overlap(ranks: Ranks, tmp_path: Path) -> None:
+    options = OPTIONS | {"output_dir": str(tmp_path), "workers": 2, "rounds": 9, "eval_every": 4}
+    options |= {"overlap_steps": 1, "warmup_rounds": 2, "checkpoint_every": 5}
+    (text, _) = ranks(opening, 2, options)  # not behind rounds 2 (K), 4 and 8, 5, 9
+    assert "\nexchanged behind the last 1 local step of 4 of 9 rounds: " in text
 
 
 def test_images_on_a_gpu_are_part_of_its_memory(ranks: Ranks, tmp_path: Path) -> None:

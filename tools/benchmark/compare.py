@@ -225,9 +225,10 @@ def read(folder: Path, config: Config, baselines: Sequence[int], ranks: int) -> 
     images = rounds[-1]["samples_seen"] - before
     steps = images / (config.workers * config.batch_size) / len(rounds)  # of a worker, in a round
     local, sync = (sum(record[key] for record in rounds) for key in ("perf/local_s", "perf/sync_s"))
-    # Of the rank that was slowest in both together: who waits for another in one was fast in the other.
-    # All rounds have as many images.
-    seconds = sum(images / len(rounds) / record["perf/samples_per_s"] for record in rounds)
+    if counts.start:  # by the clock, as a peer's, from the end of one round to that of another
+        seconds = rounds[-1]["perf/wall_s"] - every[counts.start - 1]["perf/wall_s"]
+    else:  # of the rank that was slowest in both: who waits for another in one was fast in the other
+        seconds = sum(images / len(rounds) / record["perf/samples_per_s"] for record in rounds)
     # What everybody waited for is all of it where nothing hides behind local steps.
     waited = sum(record.get("perf/sync_exposed_s", record["perf/sync_s"]) for record in rounds)
     sent = sum(record["comm/bytes_round"] for record in rounds) / len(rounds)

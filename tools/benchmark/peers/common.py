@@ -53,12 +53,14 @@ def timed(
     Returns:
         of the rounds that count: "seconds"; "step_s": of a step in which nobody meets, the median, or None
         where there are too few of those; "wire": bytes that left by this rank's link, or None without one;
-        and "peak": bytes, of the whole run.
+        and "peak": bytes, of all steps.
     """
     assert config.rounds is not None
     source = batches(comm, config)
     counted = measured_rounds(config)
     clock, sent = [], []
+    memory = PeakMemory(comm.device)
+    memory.reset()  # what building the net took is no part of a step, as ours is measured too
     comm.barrier()
     for number in range(config.rounds):
         if number == counted.start:
@@ -69,7 +71,7 @@ def timed(
             if number in counted:
                 clock.append(_now(comm))
     sent.append(link.bytes_sent())
-    peak, _ = PeakMemory(comm.device).read()
+    peak, _ = memory.read()
     if not torch.isfinite(loss):
         raise RunError(f"its loss on rank {comm.rank} is {loss.item()}: its steps are no measure of anything")
     steps = [after - before for before, after in pairwise(clock)]
