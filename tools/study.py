@@ -1,108 +1,97 @@
-"""The accuracy study: test accuracy of every way to train one net, at equal samples, several seeds each.
+"""The accuracy study: what every way to train a net reaches at equal images, multiply-adds and time.
 
-    python tools/study.py --data_dir CIFAR --output_dir runs/study       # 30 runs; the same line goes on
-    python tools/study.py --data_dir CIFAR --only resist-4-travel,ddp-4 --seeds 0 --epochs 1
-    python tools/study.py --output_dir runs/study --report               # the table of what is there
+    python tools/study.py --data_dir CIFAR --arms resist,resist:wire=compact,local_sgd,ddp --jobs 2
+    python tools/study.py --data_dir CIFAR --passes 5,2.5,10 --jobs 2        # the whole study; hours
+    python tools/study.py --report --picture study.png                       # tables of what is recorded
 
-CIFAR is an image folder (train/ and test/ with a folder per class). Every run is one `train.py` on one rank.
-`ddp` is one worker with the batches of all, in as many micro-batches as workers: BatchNorm sees what it would
-see on each of them, and gradients are averaged alike. `stochastic_depth` is one worker that runs, in every
-step, as many pool blocks drawn at random as a worker of `resist` holds with the middle number of workers: the
-same multiply-adds an image.
+CIFAR is an image folder (train/ and test/ with a folder per class). An arm is a strategy and the options in
+which it differs, as in tools/bench.py; `ddp` is one worker that takes the batches of all, `stochastic_depth`
+one worker. Each has its own peak rate: the grid is tried with the first seed and the first number of passes,
+and beyond its ends if the best stands there; then the best rate has all seeds and all passes. Every run is
+one train.py on one rank and one thread; its line in --records says that it is done: the same command goes on.
 
-Options that this tool does not know go to every run: `--model preact_resnet101 --img_size 32 --lr 0.01`.
+Options that this tool does not know go to every run: `--model preact_resnet_small --batch_size 32`.
 """
 
 import argparse
-import os
 import signal
-import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resist_ds.errors import UserError
+from resist_ds.forecast.units import BANDWIDTHS, SPEEDS, quantity
 from resist_ds.options.command_line import parse
-from resist_ds.telemetry.figures import read
+from tools.accuracy import arms, records, tables
+from tools.accuracy.due import Design
+from tools.accuracy.runs import Place, run_all
 
-ROOT = Path(__file__).resolve().parent.parent
-# A narrow net with a deep section 3 (P = 8), small enough for a CPU. One peak rate for all: none was tuned.
-DEFAULTS = {
-    "model": "preact_resnet_small",
+# A net of the paper's shape, narrow enough for a CPU. Its rate is every arm's own.
+STUDY = {
+    "model": "preact_resnet101_narrow",
     "dataset": "imagefolder",
     "img_size": "24",
     "batch_size": "64",
-    "local_steps": "20",
-    "lr": "0.1",
+    "workers": "4",
+    "local_steps": "5",
     "schedule": "cosine",
     "lr_warmup_steps": "20",
+    "channels_last": "true",
+}
+INCIDENTAL = {
     "data_workers": "0",
     "cpu_threads": "1",
     "checkpoint_every": "0",
     "keep": "1",
+    "eval_every": "0",
     "log_with": "none",
     "progress": "false",
 }
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: its name and the options that make it."""
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong call."""
 
-    name: str
-    options: dict[str, str] = field(default_factory=dict)
-
-
-def arms(batch_size: int, workers: tuple[int, ...], slots: int) -> list[Arm]:
-    """All ways that are compared.
-
-    Args:
-        batch_size: images per worker and local step.
-        workers: numbers of workers; the baselines have the middle one.
-        slots: pool blocks that are active in a step of `stochastic_depth`.
-    """
-    middle = workers[len(workers) // 2]
-    found = []
-    for policy in ("travel", "reset"):
-        for w in workers:
-            options = {"workers": str(w), "optimizer_state": policy}
-            found.append(Arm(f"resist-{w}-{policy}", options))
-        options = {"strategy": "local_sgd", "workers": str(middle), "optimizer_state": policy}
-        found.append(Arm(f"local_sgd-{middle}-{policy}", options))
-    whole = {"batch_size": str(batch_size * middle), "accumulation_steps": str(middle)}
-    found.append(Arm(f"ddp-{middle}", {"strategy": "ddp", "workers": "1", **whole}))
-    depth = {"strategy": "stochastic_depth", "workers": "1", "min_blocks": str(slots)}
-    found.append(Arm("stochastic_depth-1", depth))
-    return found
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(message)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data_dir", type=Path, help="image folder")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))
-    parser.add_argument("--epochs", type=float, default=5.0, help="passes by all workers together [5]")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--workers", default="2,4,8")
-    parser.add_argument("--only", help="names of runs without their seed, separated by commas")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/study"), help="of the runs [runs/study]"
+    )
+    parser.add_argument("--records", type=Path, help="what was measured [records.jsonl in --output_dir]")
+    parser.add_argument("--arms", metavar="ARM,ARM,...", help="[the whole study's]")
+    parser.add_argument("--rates", default="0.1,0.2,0.4,0.8", help="grid of peak rates [0.1,0.2,0.4,0.8]")
+    parser.add_argument("--passes", default="5", help="over the images, by all workers together; several [5]")
+    parser.add_argument("--seeds", default="0,1,2", help="[0,1,2]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
-    parser.add_argument("--report", action="store_true", help="only the table of the runs that are there")
-    given, others = parser.parse_known_args()
+    parser.add_argument("--report", action="store_true", help="only the tables of what is recorded")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what is recorded")
+    parser.add_argument("--links", default="1gbit,10gbit,100gbit,2tbit", help="[1gbit,10gbit,100gbit,2tbit]")
+    parser.add_argument("--flops", default="20tflops", help="that a device sustains, for times [20tflops]")
     try:
+        given, others = parser.parse_known_args()
+        place = Place(
+            given.output_dir, given.data_dir, given.records or given.output_dir / "records.jsonl", INCIDENTAL
+        )
         if not given.report:
-            run_all(given, others)
-        print(report(given.output_dir))
-    except (UserError, ValueError) as error:
+            run_all(design_of(given, others), place, given.jobs, partial(print, flush=True))
+        print(report(place.records, given))
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"error: a run ended with exit code {error.returncode}; its log says why", file=sys.stderr)
+        print(
+            f"error: a run ended with exit code {error.returncode}: {error.cmd[0]} says why", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped: the same command goes on where it was", file=sys.stderr)
@@ -110,91 +99,80 @@ def main() -> int:
     return 0
 
 
-def run_all(given: argparse.Namespace, others: list[str]) -> None:
-    """Run whatever is not there yet, seed by seed, so that an early end leaves whole comparisons."""
+def design_of(given: argparse.Namespace, others: list[str]) -> Design:
+    """What is asked for; raises `UserError`."""
     if given.data_dir is None:
-        raise ValueError("type --data_dir FOLDER, of images to train on (train/ and test/)")
-    typed = [token for name, value in DEFAULTS.items() for token in (f"--{name}", value)] + others
-    config = parse([*typed, "--data_dir", str(given.data_dir)])  # a wrong option answers now
-    workers = tuple(int(w) for w in given.workers.split(","))
-    chosen = arms(config.batch_size, workers, slots_of(config.model, workers[len(workers) // 2]))
-    if given.only:
-        known = {arm.name: arm for arm in chosen}
-        unknown = [name for name in given.only.split(",") if name not in known]
-        if unknown:
-            raise ValueError(f"--only {unknown[0]}: type some of {','.join(known)}")
-        chosen = [known[name] for name in given.only.split(",")]
+        raise UserError("type --data_dir FOLDER, of images to train on (train/ and test/)")
+    typed = [*(f"--{name}={value}" for name, value in STUDY.items()), *others]
+    config = parse([*typed, f"--data_dir={given.data_dir}"])
     if not given.data_dir.is_dir():
-        raise ValueError(f"--data_dir {given.data_dir}: no such folder")
-    place: Path = given.output_dir
-    place.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"--data_dir {given.data_dir}: no such folder")
+    if given.jobs < 1:
+        raise UserError(f"--jobs is {given.jobs}: type a number from 1")
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
+    study = STUDY | {name: str(getattr(config, name)) for name in sorted(names)}
+    for name in set(study) & {"lr", "epochs", "rounds", "seed"}:
+        raise UserError(f"--{name} is every arm's own: type --rates, --passes or --seeds")
+    from resist_ds.nets.blueprint import Blueprint  # after a mistake is answered
 
-    def run(arm: Arm, seed: str) -> None:
-        folder = place / f"{arm.name}-seed{seed}"
-        if finished(folder):
-            return
-        options = {"data_dir": str(given.data_dir), "epochs": str(given.epochs), "eval_every": "0"}
-        options |= {"output_dir": str(folder), "resume": "auto", "seed": seed, **arm.options}
-        command = [sys.executable, str(ROOT / "train.py"), *typed]
-        command += [token for name, value in options.items() for token in (f"--{name}", value)]
-        with (place / f"{folder.name}.log").open("w") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-            code = process.wait()
-        if code:
-            print(f"{folder.name}: exit code {code}, see {log.name}", file=sys.stderr, flush=True)
-            raise subprocess.CalledProcessError(code, command)
-        print(f"{folder.name}: {100 * read(folder).summary['eval/accuracy']:.2f} %", flush=True)
-
-    with ThreadPoolExecutor(given.jobs) as pool:
-        tasks = [pool.submit(run, arm, seed) for seed in given.seeds.split(",") for arm in chosen]
-        try:
-            for task in tasks:
-                task.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True, wait=True)
-            raise
+    pool = Blueprint(config.model, num_classes=10).pool
+    return Design(
+        study=study,
+        arms=arms.read_all(given.arms or arms.whole_study(), config, pool),
+        rates=tuple(sorted(numbers("--rates", given.rates))),
+        lengths=numbers("--passes", given.passes),
+        seeds=tuple(int(seed) for seed in numbers("--seeds", given.seeds, least=0)),
+    )
 
 
-def slots_of(model: str, workers: int) -> int:
-    """K of `resist` with so many workers."""
-    from resist_ds.nets.blueprint import Blueprint
-    from resist_ds.protocol.partition import slots_for
-
-    return slots_for(workers, Blueprint(model, num_classes=10).pool, 0)
-
-
-def finished(folder: Path) -> bool:
+def numbers(option: str, text: str, least: float = 1e-9) -> tuple[float, ...]:
+    """Numbers that commas part; raises `UserError`."""
     try:
-        read(folder)
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        return False
-    return True
+        found = ()
+    if not found or min(found) < least or len(set(found)) < len(found):
+        raise UserError(f"{option} is {text!r}: type different numbers with commas between them")
+    return found
 
 
-def report(place: Path) -> str:
-    """A Markdown table of all finished runs below `place`: mean and standard deviation over the seeds."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for folder in sorted(path.parent for path in place.glob("*-seed*/metrics.jsonl")):
-        if finished(folder):
-            groups.setdefault(folder.name.rpartition("-seed")[0], []).append(read(folder).summary)
-    if not groups:
-        raise ValueError(f"{place} holds no finished run")
-    lines = [
-        "| way | test accuracy (%) | sd | runs | images seen | local steps each | pool blocks active |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, runs in groups.items():
-        shares = [100 * run["eval/accuracy"] for run in runs]
-        spread = f"{statistics.stdev(shares):.2f}" if len(shares) > 1 else "–"
-        settings = runs[0]["settings"]
-        active = settings["min_blocks"] if settings["strategy"] == "stochastic_depth" else settings["K"]
-        lines.append(
-            f"| {name} | {statistics.fmean(shares):.2f} | {spread} | {len(runs)} | "
-            f"{runs[0]['samples_seen']:,} | {runs[0]['global_step']:,} | {active} of {settings['P']} |"
-        )
+def report(path: Path, given: argparse.Namespace) -> str:
+    """The tables of all that is recorded, study by study; raises `UserError`."""
+    found = records.by_study(records.load(path))
+    if not found:
+        raise UserError(f"{path} holds no record of a run")
+    speed = quantity("--flops", given.flops, SPEEDS)
+    links = {link: quantity("--links", link, BANDWIDTHS) for link in given.links.split(",")}
+    from tools.accuracy import costs
+
+    lines = []
+    for study, runs in found.items():
+        measures = [
+            ("passes over the images", lambda record: record.passes),
+            ("passes × share of multiply-adds", lambda record: record.passes * costs.share(record)),
+        ]
+        for link, bandwidth in links.items():
+            device = costs.Device(speed, bandwidth)
+            measures.append((f"predicted seconds at {link}", partial(_seconds, device)))
+        lines += [f"### {', '.join(f'{name} {value}' for name, value in study)}", ""]
+        lines += ["Test accuracy (%), mean ± standard deviation (runs), each way at its rate:", ""]
+        lines += [*tables.equal_images(runs, costs.share), ""]
+        for passes in sorted({r.passes for r in runs if r.options["strategy"] == "resist"}):
+            lines += [f"For what the cheapest `resist` takes for {passes:g} passes:", ""]
+            lines += [*tables.equal_cost(runs, measures, passes), ""]
+        lines += ["Rates that were tried:", "", *tables.rates(runs), ""]
+        if given.picture is not None:
+            from tools.accuracy.pictures import picture
+
+            given.picture.parent.mkdir(parents=True, exist_ok=True)
+            picture(runs, measures).savefig(given.picture, dpi=110)
     return "\n".join(lines)
+
+
+def _seconds(device: "object", record: records.Record) -> float:
+    from tools.accuracy import costs
+
+    return costs.seconds(record, device)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""What was measured: a line of JSON for every run that has ended, from which all tables and pictures follow.
+
+The file may be kept where run folders are not, and taken elsewhere: a run whose line is there is done.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from resist_ds.errors import UserError
+
+# Options that say where and beside what a run took place, and nothing of what it learns.
+INCIDENTAL = (
+    *("data_dir", "output_dir", "resume", "cpu_threads", "data_workers", "checkpoint_every", "keep"),
+    *("eval_every", "log_with", "progress"),
+)
+VARIED = ("lr", "epochs", "seed")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run that has ended.
+
+    Attributes:
+        arm: its name; options: all that were typed for it, but `INCIDENTAL`.
+        study: those of them that all runs of the study have alike.
+        lr, passes, seed: peak rate, passes over the images by all workers together, seed.
+        accuracy: of the last, global model on the test images, in [0, 1]; None: the run met NaN or Inf.
+        loss: of training, in the last round.
+        facts: W, K, P, rounds, steps of a worker, images seen, what the run stood on.
+    """
+
+    arm: str
+    options: dict[str, str]
+    study: dict[str, str]
+    lr: float
+    passes: float
+    seed: int
+    accuracy: float | None
+    loss: float | None
+    facts: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return key(self.options, self.lr, self.passes, self.seed)
+
+
+def telling(options: Mapping[str, str]) -> dict[str, str]:
+    """Options without those that are incidental."""
+    return {name: value for name, value in sorted(options.items()) if name not in INCIDENTAL}
+
+
+def key(options: Mapping[str, str], lr: float, passes: float, seed: int) -> tuple[object, ...]:
+    """What makes two runs the same one."""
+    return (*way(options), lr, passes, seed)
+
+
+def way(options: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Options without those that make several runs of one way."""
+    return tuple((name, value) for name, value in telling(options).items() if name not in VARIED)
+
+
+def load(path: Path) -> list[Record]:
+    """The records of a file, none if there is none; raises `UserError` for a line that is no record."""
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            found.append(Record(**json.loads(line)))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{path}, line {number}, is no record of the study: mend it or take it out"
+            ) from None
+    return found
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a record, whole or not at all where the process ends in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(record), sort_keys=True) + "\n")
+
+
+def by_study(records: Iterable[Record]) -> dict[tuple[tuple[str, str], ...], list[Record]]:
+    """Records by what all of a study's runs have alike."""
+    found: dict[tuple[tuple[str, str], ...], list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(sorted(record.study.items())), []).append(record)
+    return found

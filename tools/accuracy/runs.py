@@ -1,0 +1,103 @@
+"""Makes the runs that are due, several at a time: each a `train.py` on one rank, in a folder of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from resist_ds.errors import NotFiniteError
+from resist_ds.telemetry.figures import Run, read
+from tools.accuracy.due import Design, Trial, due
+from tools.accuracy.records import Record, append, load, telling
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs take place.
+
+    Attributes:
+        folder: of the runs; data: of the images; records: what is written when one has ended.
+        incidental: options of all runs that say nothing of what they learn.
+    """
+
+    folder: Path
+    data: Path
+    records: Path
+    incidental: dict[str, str]
+
+
+def run_all(design: Design, place: Place, jobs: int, say: Callable[[str], None]) -> None:
+    """Run whatever is due, until nothing is; raises `CalledProcessError` where a run fails."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    at_work: dict[Future[Record], Trial] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while True:
+                waiting = [t for t in due(design, load(place.records)) if t not in at_work.values()]
+                for trial in waiting[: jobs - len(at_work)]:
+                    at_work[pool.submit(_run, trial, design, place)] = trial
+                if not at_work:
+                    return
+                done, _ = wait(at_work, return_when=FIRST_COMPLETED)
+                for future in done:
+                    trial = at_work.pop(future)
+                    record = future.result()
+                    assert record.key == trial.key(design.study), "it would be due for ever"
+                    append(place.records, record)
+                    shown = "NaN" if record.accuracy is None else f"{100 * record.accuracy:.2f} %"
+                    say(f"{folder_of(trial)}: {shown}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=True)
+            raise
+
+
+def folder_of(trial: Trial) -> str:
+    """A name that is good for files."""
+    arm = re.sub(r"[^\w.=-]+", "-", trial.arm.name)
+    return f"{arm}-lr{trial.lr:g}-passes{trial.passes:g}-seed{trial.seed}"
+
+
+def _run(trial: Trial, design: Design, place: Place) -> Record:
+    name = folder_of(trial)
+    folder = place.folder / name
+    options = {**design.study, **trial.arm.options}
+    options |= {"lr": f"{trial.lr:g}", "epochs": f"{trial.passes:g}", "seed": str(trial.seed)}
+    typed = {**options, **place.incidental, "data_dir": str(place.data), "output_dir": str(folder)}
+    command = [sys.executable, str(ROOT / "train.py"), *(f"--{n}={value}" for n, value in typed.items())]
+    log = place.folder / f"{name}.log"
+    with log.open("w") as file:
+        code = subprocess.run(
+            [*command, "--resume=auto"], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ).returncode
+    if code == NotFiniteError.exit_code:
+        return _record(trial, options, design, None)
+    if code:
+        raise subprocess.CalledProcessError(code, [str(log)])
+    return _record(trial, options, design, read(folder))
+
+
+def _record(trial: Trial, options: dict[str, str], design: Design, run: Run | None) -> Record:
+    facts, accuracy, loss = {}, None, None
+    if run is not None:
+        last, settings = run.summary, run.settings
+        accuracy, loss = last["eval/accuracy"], last["train/loss"]
+        facts = {name: settings[name] for name in ("W", "K", "P", "device", "versions", "git_commit")}
+        facts |= {"rounds": last["round"], "steps": last["global_step"], "images": last["samples_seen"]}
+        facts["workers"] = trial.arm.workers
+    return Record(
+        arm=trial.arm.name,
+        options=telling(options),
+        study=telling(design.study),
+        lr=trial.lr,
+        passes=trial.passes,
+        seed=trial.seed,
+        accuracy=accuracy,
+        loss=loss,
+        facts=facts,
+    )

@@ -1,0 +1,155 @@
+"""Records as Markdown: accuracy at equal images, multiply-adds and time; the rates that were tried."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from tools.accuracy.records import Record, way
+
+Cost = Callable[[Record], float]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs that differ in their seed alone."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def any(self) -> Record:
+        return self.records[0]
+
+    @property
+    def shares(self) -> list[float]:
+        """Test accuracy of each, in %; 0 where it met NaN or Inf."""
+        return [100 * (record.accuracy or 0.0) for record in self.records]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.shares)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds, if there are several."""
+        return statistics.stdev(self.shares) if len(self.records) > 1 else None
+
+    @property
+    def cell(self) -> str:
+        spread = "" if self.spread is None else f" ± {self.spread:.2f}"
+        return f"{self.mean:.2f}{spread} ({len(self.records)})"
+
+
+def grouped(records: Sequence[Record]) -> dict[tuple[tuple[str, str], ...], list[Runs]]:
+    """Runs of every way, by rate and length; the records of one study."""
+    groups: dict[Any, dict[tuple[float, float], list[Record]]] = {}
+    for record in records:
+        groups.setdefault(way(record.options), {}).setdefault((record.lr, record.passes), []).append(record)
+    return {
+        name: [Runs(tuple(sorted(runs, key=lambda r: r.seed))) for _, runs in sorted(of.items())]
+        for name, of in groups.items()
+    }
+
+
+def chosen(runs: Sequence[Runs]) -> list[Runs]:
+    """Those at the way's rate, by length: that of most runs, among equals the most accurate one's."""
+    counts: dict[float, tuple[int, float]] = {}
+    for each in runs:
+        done, best = counts.get(each.any.lr, (0, 0.0))
+        counts[each.any.lr] = done + len(each.records), max(best, each.mean)
+    lr = max(counts, key=lambda rate: counts[rate])
+    return sorted((each for each in runs if each.any.lr == lr), key=lambda each: each.any.passes)
+
+
+def equal_images(records: Sequence[Record], share: Callable[[Record], float]) -> list[str]:
+    """A row a way, a column a length."""
+    lengths = sorted({record.passes for record in records})
+    head = ["way", "rate", "active", "multiply-adds", *(f"{passes:g} passes" for passes in lengths)]
+    rows = []
+    for runs in _by_accuracy(records):
+        found = {each.any.passes: each.cell for each in runs}
+        of = next((r for each in runs for r in each.records if r.facts), None)
+        active = cost = "–"
+        if of is not None:  # else all met NaN or Inf
+            depth = of.options["strategy"] == "stochastic_depth"
+            held = of.options["min_blocks"] if depth else of.facts["K"]
+            active, cost = f"{held} of {of.facts['P']}", f"{share(of):.2f}"
+        first = runs[0].any
+        row = [f"`{first.arm}`", f"{first.lr:g}", active, cost]
+        rows.append([*row, *(found.get(passes, "–") for passes in lengths)])
+    return _table(head, rows)
+
+
+def equal_cost(records: Sequence[Record], costs: Sequence[tuple[str, Cost]], passes: float) -> list[str]:
+    """A column a cost: every way's accuracy for what the cheapest `resist` takes for so many passes."""
+    ways = [runs for runs in _by_accuracy(records) if all(each.any.facts for each in runs)]
+    ours = [each for runs in ways for each in runs if _is_measure(each.any, passes)]
+    if not ours:
+        return []
+    head = ["way", *(name for name, _ in costs)]
+    rows = [[f"`{runs[0].any.arm}`"] for runs in ways]
+    for _, cost in costs:
+        given = min(cost(each.any) for each in ours)
+        for row, runs in zip(rows, ways, strict=True):
+            row.append(_at([(cost(each.any), each.mean) for each in runs], given))
+    return _table(head, rows)
+
+
+def _is_measure(record: Record, passes: float) -> bool:
+    return record.options["strategy"] == "resist" and record.passes == passes
+
+
+def _at(points: list[tuple[float, float]], cost: float) -> str:
+    """Accuracy at a cost: of a run, or between two, or a bound."""
+    accuracy, side = accuracy_at(points, cost)
+    return f"{side}{accuracy:.1f}"
+
+
+def accuracy_at(points: Sequence[tuple[float, float]], cost: float) -> tuple[float, str]:
+    """Accuracy at a cost, and which way it is a bound: "≤ ", "≥ " or "".
+
+    Between two runs it is on the line between them over the cost's logarithm. For less than the cheapest run
+    takes, that one's accuracy is a bound from above, for more than the dearest takes its is one from below.
+
+    Args:
+        points: (cost, accuracy) of whole runs, each with a schedule of its own.
+    """
+    points = sorted(points)
+    if cost < points[0][0] * (1 - 1e-9):
+        return points[0][1], "≤ "
+    for (low, first), (high, second) in pairwise(points):
+        if cost <= high * (1 + 1e-9):
+            part = math.log(cost / low) / math.log(high / low)
+            return first + part * (second - first), ""
+    last_cost, last = points[-1]
+    return last, "≥ " if cost > last_cost * (1 + 1e-9) else ""
+
+
+def rates(records: Sequence[Record]) -> list[str]:
+    """A row a way, a column a rate: accuracy at the number of passes for which most were tried."""
+    tried = sorted({record.lr for record in records})
+    rows = []
+    for runs in _all(records):
+        by_length: dict[float, list[Runs]] = {}
+        for each in runs:
+            by_length.setdefault(each.any.passes, []).append(each)
+        most = max(by_length.values(), key=len)
+        found = {each.any.lr: each.cell for each in most}
+        rows.append([f"`{most[0].any.arm}`", *(found.get(lr, "–") for lr in tried)])
+    return _table(["way", *(f"rate {lr:g}" for lr in tried)], rows)
+
+
+def _all(records: Sequence[Record]) -> list[list[Runs]]:
+    return list(grouped(records).values())
+
+
+def _by_accuracy(records: Sequence[Record]) -> list[list[Runs]]:
+    """Every way's runs at its rate, the ways by the mean of their longest."""
+    ways = [chosen(runs) for runs in _all(records)]
+    return sorted(ways, key=lambda runs: -runs[-1].mean)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
