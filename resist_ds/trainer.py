@@ -304,8 +304,7 @@ class Trainer:
         if behind:
             assert isinstance(self.workers, Workers)
             self.net.take(round, worker, self.workers.standing(worker))
-            with self.workers.subnet.final_blocks():
-                rest = local_steps(engine, batches, rates=rates[before:])
+            rest = local_steps(engine, batches, rates=rates[before:])
             worker.spoilt = worker.spoilt or self._spoilt(round, rest, before, len(rates))
             tally += rest
         return tally
@@ -348,7 +347,7 @@ class Trainer:
             raise NotFiniteError(f"{'; '.join(said)}. Nothing of this round is kept: {remedy}")
         for worker, line in zip(sorted(spoilt), said, strict=True):
             late = self._steps_behind(round) and worker not in self.net.overlap.dropped
-            what = "all since its blocks were final" if late else "its round"
+            what = "all since the exchange began" if late else "its round"
             telemetry.warn(f"{line}: {what} is dropped")
         return frozenset(spoilt)
 

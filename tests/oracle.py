@@ -212,7 +212,13 @@ class _Simulation:
             losses += batch_losses
             right += batch_right
         self.outcome.state = agreed = self.wire.agree(sent, deal)
-        if overlap:  # each is where it has gone on to, and where the others take it
+        if overlap:  # each is where it has gone on to, and where the others take it; blocks go on late
+            changes = [
+                {name: now[name]["parameter"] - then[name]["parameter"] for name in filter(self.in_pool, now)}
+                for now, then in zip(ends, sent, strict=True)
+            ]
+            for name, change in self.wire.late(changes, deal).items():
+                agreed[name]["parameter"] = agreed[name]["parameter"] + change
             self.own = [
                 {
                     name: {kind: now[name][kind] + (n - then[name][kind]) for kind, n in agreed[name].items()}
@@ -255,15 +261,11 @@ class _Simulation:
                 loss.backward()
                 loss_of_batch += loss.item()
                 right += int((logits.argmax(1) == y_part).sum())
-            trained = [p for name, p in parameters.items() if sent is None or not self.in_pool(name)]
             if config.clip_grad:
-                norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in trained))
-                for p in trained:
+                norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters.values()))
+                for p in parameters.values():
                     p.grad.mul_(min(1.0, config.clip_grad / (norm + 1e-6)))
             optimizer.step()
-            if sent is not None:  # the blocks have been sent: put back what that step made of them
-                for name in filter(self.in_pool, parameters):
-                    _set(optimizer, parameters[name], sent[name])
             losses.append(loss_of_batch)
         end = _snapshot(parameters, optimizer)
         return end if sent is None else sent, end, losses, right

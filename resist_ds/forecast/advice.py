@@ -92,7 +92,7 @@ def _relative(question: Question, workers: int, slots: int, wire: Wire) -> str:
 def _for_the_link(question: Question, on_wires: list[Prediction], batch: int) -> list[Advice]:
     """The wire and ℓ: the exact wire, unless rounds must then be rarer than `OFTEN`.
 
-    No overlap: blocks are final while an exchange is hidden, and lose as many updates as that saves time.
+    No overlap: whether it costs accuracy depends on the training, and this chooses by bytes alone.
 
     Args:
         on_wires: what was chosen so far, on each wire that may be.

@@ -8,8 +8,7 @@ makes and frees: they never travel, and a plain loop does the same, at the same 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -270,24 +269,8 @@ class Subnet:
         low = low_precision(config)
         # DistributedDataParallel would average the copies' gradients: there autocast casts the weights.
         self._shadow = None if low is None or config.way.lockstep else self._shade(low, blueprint)
-        self._blocks = [
-            parameter
-            for slot in range(layout.slots)
-            for parameter in self.module.get_submodule(blueprint.block_prefix(slot).rstrip(".")).parameters()
-        ]
         self.refresh()
         self.module.train()
-
-    @contextmanager
-    def final_blocks(self) -> Iterator[None]:
-        """For as long, pool blocks are used and not changed: their weights' gradients are not computed."""
-        for parameter in self._blocks:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in self._blocks:
-                parameter.requires_grad_(True)
 
     def refresh(self) -> None:
         """Bring what the net computes with up to date with the vector; before each use of it."""

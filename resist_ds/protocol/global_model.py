@@ -98,14 +98,14 @@ class GlobalModel:
         return self._config.way.parameters_held(blueprint.parameters, held, self._comm.size)
 
     def finish(self, round: int, lost: frozenset[int] = frozenset()) -> None:
-        """Take what was synchronised behind local steps, in place of `synchronise`. No communication.
+        """Take what was synchronised behind local steps, in place of `synchronise`. Collective: all ranks.
 
         Args:
             round: that was trained.
             lost: workers whose steps while it ran do not count.
         """
         self.trained, self.deal = self.deal, self.partition(round + 1)
-        self.overlap.finish(self.workers.vectors, lost)
+        self.overlap.finish(self.workers.vectors, self.trained, self.deal, lost)
         self.ahead = self.overlap.shared_parts(self.workers.vectors)
 
     def synchronise(self, round: int, dropped: frozenset[int] = frozenset()) -> None:
@@ -145,7 +145,7 @@ class GlobalModel:
         self.overlap.wait()
 
     def take(self, round: int, worker: Worker, vector: Tensor) -> None:
-        """A worker's blocks are final; after the last one of this rank the exchange begins. Collective.
+        """Copy a worker; after the last one of this rank the exchange begins. Collective: all ranks.
 
         Args:
             vector: what takes part; of a spoilt worker the round's start.
@@ -213,7 +213,8 @@ class GlobalModel:
     def _owned(self) -> StateDict:
         """The partitioned state dict: of shared, what all workers have agreed on. Collective: all ranks."""
         if self.ahead:
-            return owned(self.blueprint, self.workers.layout, self.overlap.vectors, self.deal)
+            layout, vectors = self.workers.layout, self.workers.vectors
+            return owned(self.blueprint, layout, vectors, self.deal, self.overlap.vectors)
         return self.workers.owned(self.deal)
 
     def _kept(self) -> dict[str, Tensor]:

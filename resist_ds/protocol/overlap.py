@@ -1,9 +1,10 @@
 """A synchronisation that runs behind the last local steps of its round, on a thread of its own.
 
-τ steps before the end a worker's pool blocks are final, and a copy of its whole state takes part in the
-synchronisation; its shared part goes on being trained. At the end the blocks are what was synchronised, and
-what the others have found is added to shared: `v += new − sent`. (Streaming DiLoCo, arXiv 2501.18512, lets an
-exchange take some steps; here nothing that is used is stale.)
+τ steps before the end a copy of each worker's whole state takes part in the synchronisation, and the worker
+goes on training. At the end what the others have found is added to its shared part: `v += new − sent`. What
+those last steps have changed of its pool blocks follows them to their next holders, in front of everybody:
+parameters alone, on the compact wire in int8. So no update is lost; momentum is that of τ steps before.
+(Streaming DiLoCo, arXiv 2501.18512, lets an exchange take some steps.)
 
 The copies live in host memory, pinned where a GPU is used; there the thread queues on a stream of its own.
 While it runs nobody else may communicate.
@@ -11,7 +12,7 @@ While it runs nobody else may communicate.
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,7 +38,8 @@ class Overlap:
     Attributes:
         vectors: {worker: vector} as it was synchronised: at the end of such a round the global model.
         dropped: workers whose round did not count when it began, on all ranks.
-        seconds: that the last exchange took; waited: that its copies took and its end was waited for.
+        seconds: that the last exchange took behind local steps; waited: that its copies took and its end was
+            waited for.
     """
 
     def __init__(self, comm: Comm, sync: Synchroniser, state: StateLayout, *, travel: bool):
@@ -47,6 +49,7 @@ class Overlap:
         self._length = state.shared.exchanged(travel)
         self.vectors: dict[int, Tensor] = {}
         self._sent: dict[int, Tensor] = {}
+        self._blocks: dict[int, Tensor] = {}  # [K, parameters of a block], as they were sent
         self._spoilt: list[int] = []
         self.dropped: frozenset[int] = frozenset()
         self.seconds = self.waited = self._taking = 0.0
@@ -57,14 +60,15 @@ class Overlap:
     @property
     def nbytes(self) -> int:
         """Host memory of the copies."""
-        return sum(host_bytes(t) for copies in (self.vectors, self._sent) for t in copies.values())
+        kept = (self.vectors, self._sent, self._blocks)
+        return sum(host_bytes(tensor) for copies in kept for tensor in copies.values())
 
     @property
     def running(self) -> bool:
         return self._thread is not None
 
     def take(self, worker: int, vector: Tensor, spoilt: bool) -> None:
-        """A worker's blocks are final: copy what takes part.
+        """Copy what takes part of a worker.
 
         Args:
             spoilt: its round does not count; the vector is that of the round's start.
@@ -74,8 +78,12 @@ class Overlap:
             pinned = self._stream is not None
             self.vectors[worker] = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=pinned)
             self._sent[worker] = torch.empty(self._length, dtype=vector.dtype, pin_memory=pinned)
+            size = (self._slots(vector), self._state.block.parameters)
+            self._blocks[worker] = torch.empty(size, dtype=vector.dtype, pin_memory=pinned)
         self.vectors[worker].copy_(vector, non_blocking=True)
         self._sent[worker].copy_(vector[: self._length], non_blocking=True)
+        for kept, block in zip(self._blocks[worker], self._of_blocks(vector), strict=True):
+            kept.copy_(block, non_blocking=True)
         self._taking += time.perf_counter() - start
         if spoilt:
             self._spoilt.append(worker)
@@ -143,24 +151,51 @@ class Overlap:
         """Views of what takes part of shared."""
         return {worker: vector[: self._length] for worker, vector in vectors.items()}
 
-    def finish(self, vectors: Mapping[int, Tensor], lost: Collection[int]) -> None:
-        """Put what was synchronised into the workers' vectors.
+    def finish(
+        self, vectors: Mapping[int, Tensor], now: Partition, then: Partition, lost: frozenset[int]
+    ) -> None:
+        """Put what was synchronised into the workers' vectors. Collective: all ranks.
 
         Args:
+            now, then: deals of this round and of the next.
             lost: workers whose steps since then do not count, or whose whole round.
         """
         for worker, vector in vectors.items():
-            new, sent = self.vectors[worker], self._sent[worker]
-            blocks = self._state.slot_offset(0)
-            vector[blocks:].copy_(new[blocks:], non_blocking=True)
-            for lo in range(0, self._length, MEAN_CHUNK):
-                part, found = vector[lo : min(lo + MEAN_CHUNK, self._length)], new[lo : lo + MEAN_CHUNK]
+            for kept, block in zip(self._blocks[worker], self._of_blocks(vector), strict=True):
                 if worker in lost:
-                    part.copy_(found[: len(part)], non_blocking=True)
+                    block.zero_()
                 else:
-                    change = found[: len(part)].to(part.device, non_blocking=True)
-                    part += change - sent[lo : lo + len(part)].to(part.device, non_blocking=True)
-            shared = self._state.shared
-            if NOT_NEGATIVE in shared.state.vectors and self._length > shared.parameters:
-                row = 1 + shared.state.vectors.index(NOT_NEGATIVE)
-                vector.narrow(0, row * shared.parameters, shared.parameters).clamp_(min=0)
+                    block -= kept.to(block.device, non_blocking=True)
+        self._sync.aggregate(vectors, now, lost, self._sync.late)
+        self._sync.hand_off(vectors, now, then, self._sync.late)
+        for worker, vector in vectors.items():
+            new = self.vectors[worker]
+            for slot, late in enumerate(self._of_blocks(vector)):
+                late += self._of_blocks(new)[slot].to(late.device, non_blocking=True)
+                rest = slice(len(late), None)
+                place, found = (self._state.slot_part(v, slot)[rest] for v in (vector, new))
+                place.copy_(found, non_blocking=True)
+            self._finish_shared(vector, new, None if worker in lost else self._sent[worker])
+
+    def _finish_shared(self, vector: Tensor, new: Tensor, sent: Tensor | None) -> None:
+        """Add what was found to where a worker's shared part is now; without `sent` take it as it is."""
+        for lo in range(0, self._length, MEAN_CHUNK):
+            part, found = vector[lo : min(lo + MEAN_CHUNK, self._length)], new[lo : lo + MEAN_CHUNK]
+            if sent is None:
+                part.copy_(found[: len(part)], non_blocking=True)
+            else:
+                change = found[: len(part)].to(part.device, non_blocking=True)
+                part += change - sent[lo : lo + len(part)].to(part.device, non_blocking=True)
+        shared = self._state.shared
+        if NOT_NEGATIVE in shared.state.vectors and self._length > shared.parameters:
+            row = 1 + shared.state.vectors.index(NOT_NEGATIVE)
+            vector.narrow(0, row * shared.parameters, shared.parameters).clamp_(min=0)
+
+    def _slots(self, vector: Tensor) -> int:
+        """K: it falls when warm-up ends."""
+        return (len(vector) - self._state.slot_offset(0)) // self._state.block.numel
+
+    def _of_blocks(self, vector: Tensor) -> list[Tensor]:
+        """Views of the parameters of each slot's block."""
+        size = self._state.block.parameters
+        return [self._state.slot_part(vector, slot)[:size] for slot in range(self._slots(vector))]

@@ -33,11 +33,11 @@ from resist_ds.protocol.partition import (
     plan_hand_off,
     slice_length,
 )
-from resist_ds.protocol.pieces import Pieces, groups_for
+from resist_ds.protocol.pieces import Pieces, groups_for, late_groups
 from resist_ds.protocol.wire import BLOCK
 
 BERTH = 16  # bytes: a multiple of it is where a parcel may begin in the buffer
-MEAN_CHUNK = 1 << 18  # elements averaged at a time on a CPU: their fp64 sum stays in a core's cache
+MEAN_CHUNK = 1 << 16  # elements averaged at a time on a CPU: their fp64 sum stays in a core's cache
 
 
 class Synchroniser:
@@ -53,6 +53,8 @@ class Synchroniser:
         vectors: of this rank's workers as they begin, on the compact wire.
 
     Attributes:
+        whole: the groups of pieces of a synchronisation.
+        late: those of what local steps behind one have changed of blocks since it began.
         differences: what the compact wire keeps of shared; None on the exact one, and for a single worker.
     """
 
@@ -79,19 +81,25 @@ class Synchroniser:
         self._transit = torch.empty(0)
         self._block_length = state.block.exchanged(travel)
         self._gradients = state.shared.parameters + state.slots * state.block.parameters
-        self._groups = groups_for(state, pool, layout.workers, travel=travel, compact=compact)
+        self.whole = groups_for(state, pool, layout.workers, travel=travel, compact=compact)
+        self.late = late_groups(state, pool, layout.workers, compact=compact)
         # Its temporaries, 24 bytes a value, are on a GPU no more than those of a mean, at another time.
         chunk = max(BLOCK, min(1 << 19, budget // 128) // BLOCK * BLOCK) if on_gpu else CHUNK
         place = (self._mine, comm.device, chunk)
-        self._coders = {group: Coder(group, *place) for group in self._groups if group.code is not None}
+        groups = self.whole + self.late
+        self._coders = {group: Coder(group, *place) for group in groups if group.code is not None}
         self.differences: Differences | None = None
-        for group in (g for g in self._groups if g.differences):
+        for group in (g for g in groups if g.differences):
             assert vectors is not None
             self.differences = Differences(group, *place, vectors)
             self._coders[group] = self.differences
 
     def aggregate(
-        self, vectors: Mapping[int, Tensor], now: Partition, dropped: frozenset[int] = frozenset()
+        self,
+        vectors: Mapping[int, Tensor],
+        now: Partition,
+        dropped: frozenset[int] = frozenset(),
+        groups: tuple[Pieces, ...] | None = None,
     ) -> None:
         """Leave every piece's mean over its holders with its owner. Collective: all ranks.
 
@@ -101,10 +109,11 @@ class Synchroniser:
         Args:
             vectors: state vector of each worker that this rank plays.
             dropped: workers whose round does not count; their vectors are those of the round's start.
+            groups: `late`; None: `whole`.
         """
         plan = plan_aggregate(now, dropped)
         everyone = tuple(range(now.workers))
-        for group in self._groups:
+        for group in self.whole if groups is None else groups:
             blocks, coder = group.of == "blocks", self._coders.get(group)
             owners = now.owners if blocks else everyone
             held = now.holders if blocks else (everyone,) * now.workers
@@ -133,10 +142,20 @@ class Synchroniser:
                         _mean(values, out, self.comm.device, self._chunk)
         self._settle(vectors)
 
-    def hand_off(self, vectors: Mapping[int, Tensor], now: Partition, then: Partition) -> None:
-        """Bring every piece from its owner to its next holders' slots. Collective: all ranks."""
+    def hand_off(
+        self,
+        vectors: Mapping[int, Tensor],
+        now: Partition,
+        then: Partition,
+        groups: tuple[Pieces, ...] | None = None,
+    ) -> None:
+        """Bring every piece from its owner to its next holders' slots. Collective: all ranks.
+
+        Args:
+            groups: `late`; None: `whole`.
+        """
         plan = plan_hand_off(now, then, self.layout)
-        for group in self._groups:
+        for group in self.whole if groups is None else groups:
             moves, coder = group.moves(plan), self._coders.get(group)
             # Where a chunk of shared goes, nothing is left that must leave: it arrives in its place. Where a
             # block goes, another may still lie: it waits in the buffer until this slice of all has left.
@@ -285,11 +304,12 @@ def _mean(values: Sequence[Tensor], out: Tensor, device: torch.device, chunk: in
         chunk: elements at a time.
     """
     if len(values) == 2 and device.type == "cpu":
+        room = torch.empty(min(len(out), chunk), dtype=out.dtype)
         for parts in zip(out.split(chunk), *(value.split(chunk) for value in values), strict=True):
-            total = parts[1] + parts[2]
-            if total.abs().amax() < math.inf:
+            total = torch.add(parts[1], parts[2], out=room[: len(parts[0])])
+            if math.isfinite(total.sum()):
                 torch.mul(total, 0.5, out=parts[0])
-            else:  # it does not fit, its half does
+            else:  # one does not fit, its half does
                 _wide_mean(parts[1:], parts[0], device, chunk)
         return
     _wide_mean(values, out, device, chunk)

@@ -149,22 +149,22 @@ class _Int4:
         return (HALVES // 2 + 2) * -(-numel // HALVES)
 
     def encode(self, values: Tensor, noise: Tensor | None = None) -> Tensor:
-        rows = F.pad(values, (0, -len(values) % HALVES)).view(-1, HALVES)
-        whole, step = _in_steps(rows, 7, 1 << 16)
-        steps = whole.to(torch.int8)
+        short = -len(values) % HALVES
+        rows = (F.pad(values, (0, short)) if short else values).view(-1, HALVES)
+        steps, step = _in_steps(rows, 7, 1 << 16)
+        both = torch.add(steps[:, : HALVES // 2], steps[:, HALVES // 2 :], alpha=16)  # −119 … 119
         wire = values.new_empty(len(rows), HALVES // 2 + 2, dtype=torch.uint8)
-        low, high = steps[:, : HALVES // 2] & 15, steps[:, HALVES // 2 :] << 4
-        wire[:, :-2].view(torch.int8).copy_(low.bitwise_or_(high))
+        wire[:, :-2].view(torch.int8).copy_(both)
         wire[:, -2:] = step.to(torch.bfloat16)[:, None].view(torch.uint8)
         return wire.view(-1)
 
     def decode(self, wire: Tensor, numel: int) -> Tensor:
         place = wire.view(-1, HALVES // 2 + 2)
-        both = place[:, :-2].view(torch.int8)
+        both = place[:, :-2].view(torch.int8).to(torch.float32)
         step = place[:, -2:].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
         rows = wire.new_empty(len(place), HALVES, dtype=torch.float32)
-        rows[:, : HALVES // 2] = (both << 4) >> 4  # the shift back carries the sign along
-        rows[:, HALVES // 2 :] = both >> 4
+        high = torch.mul(both, 1 / 16, out=rows[:, HALVES // 2 :]).round_()  # the lower is below a half of it
+        torch.add(both, high, alpha=-16, out=rows[:, : HALVES // 2])
         rows *= step
         return rows.view(-1)[:numel]
 

@@ -89,19 +89,26 @@ class RankWorkers(ABC):
 
 
 def owned(
-    blueprint: Blueprint, layout: StateLayout, vectors: Mapping[int, Tensor], deal: Partition
+    blueprint: Blueprint,
+    layout: StateLayout,
+    vectors: Mapping[int, Tensor],
+    deal: Partition,
+    agreed: Mapping[int, Tensor] | None = None,
 ) -> StateDict:
     """What some workers own of the global model, as views of their vectors, by timm's names.
 
     A pool block belongs to its owner, and the shared tensors, which all workers hold, are spread so
     that all own about as much; every tensor of the global model is named on exactly one rank.
+
+    Args:
+        agreed: vectors with what all agreed on of shared, where `vectors` have gone on from there.
     """
     state: StateDict = {}
     shared, block = layout.shared, layout.block
     loads = [deal.owners.count(worker) * block.parameters for worker in range(deal.workers)]
     owner = spread({name: math.prod(shape) for name, shape in shared.shapes}, loads)
     for worker, vector in vectors.items():
-        tensors = shared.tensors(layout.shared_part(vector))
+        tensors = shared.tensors(layout.shared_part((agreed or vectors)[worker]))
         state |= {name: t for name, t in tensors.items() if owner[name] == worker}
         for slot, b in enumerate(deal.blocks[worker]):
             if deal.owners[b] == worker:

@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from resist_ds import trainer
 from resist_ds.comm import Comm
 from resist_ds.engines.engine import TorchEngine
 from resist_ds.errors import NotFiniteError, RunError
 from resist_ds.nets.blueprint import Blueprint
-from resist_ds.nets.precision import autocast
-from resist_ds.nets.subnet import StateLayout, Subnet
+from resist_ds.nets.subnet import StateLayout
 from resist_ds.options.config import Config
 from resist_ds.protocol.overlap import Overlap
 from resist_ds.protocol.sync import Synchroniser
@@ -106,35 +104,6 @@ def test_the_bits_do_not_depend_on_the_ranks(ranks: Ranks, tmp_path: Path) -> No
         assert merged == first, size
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_final_blocks_are_used_and_not_trained(precision: str, optimizer: str) -> None:
-    config = Config(mixed_precision=precision, optimizer=optimizer, batch_size=4)  # type: ignore[arg-type]
-    blueprint = Blueprint("preact_resnet_small", 10)
-    layout = StateLayout.of(blueprint, config, 2)
-    subnet = Subnet(blueprint, layout, config, torch.device("cpu"))
-    subnet.vector.uniform_(0.01, 0.05, generator=torch.Generator().manual_seed(0))
-    engine = TorchEngine(subnet, config)
-    x, y = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
-    before = subnet.vector.clone()
-    with subnet.final_blocks():
-        engine.step(x, y, 0.1)
-        blocks = slice(layout.slot_offset(0), None)
-        assert torch.equal(subnet.vector[blocks], before[blocks])
-        shared = [p for n, p in subnet.weights.items() if not n.startswith(blueprint.block_prefix(0)[:-2])]
-        start = layout.shared_part(before)
-        assert not torch.equal(layout.shared_part(subnet.vector), start) and shared
-        subnet.refresh()
-        with autocast(config, x.device):
-            F.cross_entropy(subnet.module(x), y).backward()
-        held = dict(subnet.module.named_parameters())
-        final = [n for n, p in held.items() if p.grad is None]
-        inside = tuple(blueprint.block_prefix(slot) for slot in range(2))
-        assert final == [n for n in held if n.startswith(inside)]
-    engine.step(x, y, 0.1)
-    assert not torch.equal(subnet.vector[blocks], before[blocks])
-
-
 class Meeting:
     """Something that happens to a rank at a local step of its first round."""
 
@@ -194,7 +163,12 @@ def skipping(comm: Comm, step: int, options: dict[str, Any]) -> dict[str, Any]:
             agreed = run.net.overlap.vectors[comm.rank]
             seen["lost"], seen["dropped"] = sorted(lost), sorted(run.net.overlap.dropped)
             seen["alike"] = torch.equal(vector[:shared], agreed[:shared])
-            seen["blocks"] = torch.equal(vector[shared:], agreed[shared:])
+            was, now = run.net.trained, run.net.deal
+            size, layout = run.workers.layout.block.parameters, run.workers.layout
+            for slot, block in enumerate(now.blocks[comm.rank]):  # late changes: of the other worker's alone
+                have, found = (layout.slot_part(v, slot) for v in (vector, agreed))
+                assert torch.equal(have[:size], found[:size]) == (block in was.blocks[1]), block
+                assert torch.equal(have[size:], found[size:]), "momentum"
             seen["finite"] = bool(vector.isfinite().all())
 
     run.net.finish = watched  # type: ignore[method-assign]
@@ -206,14 +180,14 @@ def skipping(comm: Comm, step: int, options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("step", "dropped"), [(0, [1]), (STEPS - 1, [])])
-def test_nan_costs_the_round_or_what_came_after_the_blocks_were_final(
+def test_nan_costs_the_round_or_what_came_after_the_exchange_began(
     ranks: Ranks, tmp_path: Path, step: int, dropped: list[int]
 ) -> None:
     options = OPTIONS | {"workers": 2, "output_dir": str(tmp_path), "on_nan": "skip"}
     zero, one = ranks(skipping, 2, step, options)
-    what = "its round" if dropped else "all since its blocks were final"
+    what = "its round" if dropped else "all since the exchange began"
     warning = f"round 1, first in the loss of local step {step + 1}: {what} is dropped"
-    expected = {"lost": [1], "dropped": dropped, "blocks": True, "finite": True}
+    expected = {"lost": [1], "dropped": dropped, "finite": True}
     assert zero == expected | {"alike": False, "warned": [warning]}  # it has gone on training
     assert one == expected | {"alike": True, "warned": []}
 
@@ -308,4 +282,4 @@ def test_copies_are_counted_once_they_are_there() -> None:
     overlap = Overlap(Comm(), None, state, travel=True)  # type: ignore[arg-type]
     assert overlap.nbytes == 0
     overlap.take(0, torch.zeros(state.numel), spoilt=False)
-    assert overlap.nbytes == 4 * (state.numel + state.shared.numel)
+    assert overlap.nbytes == 4 * (state.numel + state.shared.numel + 2 * state.block.parameters)
