@@ -77,7 +77,7 @@ class Meter:
         seconds = self._figures.seconds
         seconds["exposed"] = seconds["sync"] + waited
         seconds["local"] -= waited
-        seconds["sync"] += behind
+        seconds["sync"] += max(behind, waited)  # which may have been for ranks that came later
 
     @property
     def free(self) -> int:
