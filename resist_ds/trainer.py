@@ -347,8 +347,8 @@ class Trainer:
             raise NotFiniteError(f"{'; '.join(said)}. Nothing of this round is kept: {remedy}")
         for worker, line in zip(sorted(spoilt), said, strict=True):
             late = self._steps_behind(round) and worker not in self.net.overlap.dropped
-            what = "all since the exchange began" if late else "its round"
-            telemetry.warn(f"{line}: {what} is dropped")
+            but = ", but for what it had sent of shared" if late else ""
+            telemetry.warn(f"{line}: its round is dropped{but}")
         return frozenset(spoilt)
 
     def _lacking(self, trouble: Sequence[News], telemetry: Telemetry) -> str | None:

@@ -203,7 +203,7 @@ class _Simulation:
         return {name: {"parameter": values[name].to(self.dtype)} for name in names}
 
     def _round(self, round: int, deal: Partition, overlap: int) -> None:
-        """Local steps of every worker; they agree on what they were `overlap` steps before the end."""
+        """Local steps of every worker; of shared they agree on what it was `overlap` steps before the end."""
         sent, ends, losses, right = [], [], [], 0
         for worker in range(self.workers):
             then, end, batch_losses, batch_right = self._worker(round, worker, deal.blocks[worker], overlap)
@@ -212,13 +212,7 @@ class _Simulation:
             losses += batch_losses
             right += batch_right
         self.outcome.state = agreed = self.wire.agree(sent, deal)
-        if overlap:  # each is where it has gone on to, and where the others take it; blocks go on late
-            changes = [
-                {name: now[name]["parameter"] - then[name]["parameter"] for name in filter(self.in_pool, now)}
-                for now, then in zip(ends, sent, strict=True)
-            ]
-            for name, change in self.wire.late(changes, deal).items():
-                agreed[name]["parameter"] = agreed[name]["parameter"] + change
+        if overlap:  # each is where it has gone on to, and where the others take it
             self.own = [
                 {
                     name: {kind: now[name][kind] + (n - then[name][kind]) for kind, n in agreed[name].items()}
@@ -237,7 +231,7 @@ class _Simulation:
     def _worker(
         self, round: int, worker: int, held: tuple[int, ...], overlap: int
     ) -> tuple[State, State, list[float], int]:
-        """A worker's sub-ResNet `overlap` steps before the end, and at the end; losses; right answers."""
+        """What takes part of a worker (shared as it was before), its end, losses, right answers."""
         config, steps = self.config, self.config.local_steps
         net = self.net().train()
         _, section = section3(net)
@@ -268,7 +262,8 @@ class _Simulation:
             optimizer.step()
             losses.append(loss_of_batch)
         end = _snapshot(parameters, optimizer)
-        return end if sent is None else sent, end, losses, right
+        then = end if sent is None else sent | {name: end[name] for name in filter(self.in_pool, end)}
+        return then, end, losses, right
 
     def _optimizer(self, parameters: dict[str, nn.Parameter], start: State) -> torch.optim.Optimizer:
         """torch's own optimizer of the parameters, at a round's first values and momentum."""

@@ -122,12 +122,6 @@ class Exact:
             }
         return agreed
 
-    def late(self, changes: Sequence[dict[str, Tensor]], deal: Partition) -> dict[str, Tensor]:
-        """What all take of the workers' late changes of their blocks: their mean."""
-        names = {name: None for held in changes for name in held}
-        found = {name: [held[name].detach().numpy() for held in changes if name in held] for name in names}
-        return {name: torch.from_numpy(mean(values)) for name, values in found.items()}
-
 
 class Compact(Exact):
     """The same, of what arrives: of tensors with two and more dimensions that is a quarter of the bits.
@@ -174,18 +168,6 @@ class Compact(Exact):
                     whole[chunk] = self._averaged(arrives, owner, values)
                 _spread(agreed, self.shared, kind, whole)
         return agreed
-
-    def late(self, changes: Sequence[dict[str, Tensor]], deal: Partition) -> dict[str, Tensor]:
-        found = super().late(changes, deal)
-        if self.workers == 1:
-            return found
-        whole = {name: {"late": change} for name, change in found.items()}
-        held = [{name: {"late": change} for name, change in of.items()} for of in changes]
-        for block, names in enumerate(self.blocks):
-            holders = [w for w, blocks in enumerate(deal.blocks) if block in blocks]
-            values = {w: _flat(held[w], names, "late") for w in holders}
-            _spread(whole, names, "late", self._averaged(rounded_int8, deal.owners[block], values))
-        return {name: of["late"] for name, of in whole.items()}
 
     def _block(self, kind: str, deal: Partition, block: int, values: Mapping[int, np.ndarray]) -> np.ndarray:
         owner = deal.owners[block]

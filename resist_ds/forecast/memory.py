@@ -62,10 +62,9 @@ def _kept(layout: StateLayout, workers: int, config: Config, device: Device) -> 
     tensors = []
     if config.wire == "compact" and workers > 1:  # the reference and the errors, float32
         tensors += [4 * layout.shared.matrices] * 2
-    if config.overlap_steps:  # what takes part; once more what was sent of shared, and parameters of blocks
+    if config.overlap_steps:  # of shared what takes part, and once more what was sent
         sent = layout.shared.exchanged(config.optimizer_state == "travel")
-        elements = layout.numel, sent, layout.slots * layout.block.parameters
-        tensors += [each * itemsize(config) for each in elements]
+        tensors += [layout.shared.numel * itemsize(config), sent * itemsize(config)]
     return sum(map(pinned_bytes, tensors) if device == "cuda" else tensors)
 
 

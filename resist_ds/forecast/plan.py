@@ -12,7 +12,7 @@ from resist_ds.engines.timetable import mean_local_steps
 from resist_ds.errors import UserError
 from resist_ds.forecast.footprint import Device, Footprints, count_once
 from resist_ds.forecast.memory import memory_of
-from resist_ds.forecast.traffic import sent_late, sent_per_round, sent_per_step
+from resist_ds.forecast.traffic import sent_per_round, sent_per_step
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options import strategy as ways
 from resist_ds.options.config import Config
@@ -197,10 +197,11 @@ class Plan:
             step = usage.multiply_adds / question.speed
             computation = steps * step
             behind = config.overlap_steps if ways.STRATEGIES[strategy].averages else 0
-            late = (
-                sent_late(blueprint, config, workers, slots) / workers / question.bandwidth if behind else 0.0
-            )
-            exposed = late + max(0.0, communication - late - behind * step)
+            front = communication
+            if behind:
+                blocks = sent_per_round(blueprint, config, workers, slots, blocks_alone=True)
+                front = blocks / workers / question.bandwidth
+            exposed = front + max(0.0, communication - front - behind * step)
         return Prediction(
             strategy=strategy,
             wire=wire,

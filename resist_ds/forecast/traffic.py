@@ -8,48 +8,36 @@ from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition
-from resist_ds.protocol.pieces import Pieces, bytes_sent, groups_of, late_groups_of
+from resist_ds.protocol.pieces import bytes_sent, groups_of
 
 DEALS = 21  # whose hand-offs the bytes of a round are the mean of: rounds differ by what happens to stay
 
 
 def sent_per_round(
-    blueprint: Blueprint, config: Config, workers: int, min_blocks: int, where: Layout | None = None
+    blueprint: Blueprint,
+    config: Config,
+    workers: int,
+    min_blocks: int,
+    where: Layout | None = None,
+    *,
+    blocks_alone: bool = False,
 ) -> float:
     """Bytes of a synchronisation, by all ranks: the mean over the run's first rounds.
 
     Args:
         where: the workers are played; default: each on a rank of its own.
+        blocks_alone: those of pool blocks, which no `--overlap_steps` hide.
     """
-    state = StateLayout.of(blueprint, config, slots=1)
-    what = groups_of(state, config, blueprint.pool, workers)
-    return sent_late(blueprint, config, workers, min_blocks, where) + _mean(
-        what, config, blueprint.pool, workers, min_blocks, where
-    )
-
-
-def sent_late(
-    blueprint: Blueprint, config: Config, workers: int, min_blocks: int, where: Layout | None = None
-) -> float:
-    """Of them those that follow an exchange behind local steps, in front of everybody."""
-    what = late_groups_of(StateLayout.of(blueprint, config, slots=1), config, blueprint.pool, workers)
-    return _mean(what, config, blueprint.pool, workers, min_blocks, where)
-
-
-def _mean(
-    groups: tuple[Pieces, ...],
-    config: Config,
-    pool: int,
-    workers: int,
-    min_blocks: int,
-    where: Layout | None,
-) -> float:
+    groups = groups_of(StateLayout.of(blueprint, config, slots=1), config, blueprint.pool, workers)
+    if blocks_alone:
+        groups = tuple(group for group in groups if group.of == "blocks")
     deals = [
-        sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=min_blocks)
+        sample_partition(config.seed, r, workers=workers, pool=blueprint.pool, min_blocks=min_blocks)
         for r in range(DEALS)
     ]
-    place = where or Layout(workers, workers), itemsize(config)
-    return fmean(bytes_sent(groups, now, then, *place) for now, then in pairwise(deals))
+    where = where or Layout(workers, workers)
+    size = itemsize(config)
+    return fmean(bytes_sent(groups, now, then, where, size) for now, then in pairwise(deals))
 
 
 def sent_per_step(strategy: str, blueprint: Blueprint, config: Config, ranks: int) -> int:

@@ -104,8 +104,8 @@ class Config:
     )
     overlap_steps: int = option(
         0,
-        "Local steps at the end of a round behind which its synchronisation runs; what they change of blocks "
-        "follows it in front of everybody. 0: the paper's protocol.",
+        "Local steps at the end of a round behind which shared is synchronised; pool blocks follow when all "
+        "are done. 0: the paper's protocol.",
         null="0",
     )
     wire: Literal["exact", "compact"] = option(

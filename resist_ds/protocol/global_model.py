@@ -98,11 +98,11 @@ class GlobalModel:
         return self._config.way.parameters_held(blueprint.parameters, held, self._comm.size)
 
     def finish(self, round: int, lost: frozenset[int] = frozenset()) -> None:
-        """Take what was synchronised behind local steps, in place of `synchronise`. Collective: all ranks.
+        """Complete what has begun behind local steps, in place of `synchronise`. Collective: all ranks.
 
         Args:
             round: that was trained.
-            lost: workers whose steps while it ran do not count.
+            lost: workers whose round does not count, or no longer.
         """
         self.trained, self.deal = self.deal, self.partition(round + 1)
         self.overlap.finish(self.workers.vectors, self.trained, self.deal, lost)
@@ -214,7 +214,7 @@ class GlobalModel:
         """The partitioned state dict: of shared, what all workers have agreed on. Collective: all ranks."""
         if self.ahead:
             layout, vectors = self.workers.layout, self.workers.vectors
-            return owned(self.blueprint, layout, vectors, self.deal, self.overlap.vectors)
+            return owned(self.blueprint, layout, vectors, self.deal, self.overlap.shared)
         return self.workers.owned(self.deal)
 
     def _kept(self) -> dict[str, Tensor]:

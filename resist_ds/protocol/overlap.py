@@ -1,10 +1,9 @@
-"""A synchronisation that runs behind the last local steps of its round, on a thread of its own.
+"""The synchronisation of shared behind the last local steps of a round, on a thread of its own.
 
-τ steps before the end a copy of each worker's whole state takes part in the synchronisation, and the worker
-goes on training. At the end what the others have found is added to its shared part: `v += new − sent`. What
-those last steps have changed of its pool blocks follows them to their next holders, in front of everybody:
-parameters alone, on the compact wire in int8. So no update is lost; momentum is that of τ steps before.
-(Streaming DiLoCo, arXiv 2501.18512, lets an exchange take some steps.)
+τ steps before the end a copy of each worker's shared part takes part in it, and the worker goes on training.
+At the end what the others have found is added to where it is now: `v += new − sent`; so nothing that was
+learnt is lost. (Streaming DiLoCo, arXiv 2501.18512, lets an exchange take some steps.) Pool blocks, which go
+to another worker, are synchronised when all steps are done: they are the smaller part of what travels.
 
 The copies live in host memory, pinned where a GPU is used; there the thread queues on a stream of its own.
 While it runs nobody else may communicate.
@@ -32,14 +31,13 @@ class Overlap:
     """What of this rank's workers takes part, and the thread that synchronises it.
 
     Args:
-        state: of a worker's vector; the number of slots may change when nothing is on its way.
+        state: of a worker's vector.
         travel: whether optimizer state takes part.
 
     Attributes:
-        vectors: {worker: vector} as it was synchronised: at the end of such a round the global model.
+        shared: {worker: shared part} as it was synchronised: at the end of such a round the global model's.
         dropped: workers whose round did not count when it began, on all ranks.
-        seconds: that the last exchange took behind local steps; waited: that its copies took and its end was
-            waited for.
+        seconds: that the last exchange took; waited: that its copies took and its end was waited for.
     """
 
     def __init__(self, comm: Comm, sync: Synchroniser, state: StateLayout, *, travel: bool):
@@ -47,9 +45,8 @@ class Overlap:
         self._sync = sync
         self._state = state
         self._length = state.shared.exchanged(travel)
-        self.vectors: dict[int, Tensor] = {}
+        self.shared: dict[int, Tensor] = {}
         self._sent: dict[int, Tensor] = {}
-        self._blocks: dict[int, Tensor] = {}  # [K, parameters of a block], as they were sent
         self._spoilt: list[int] = []
         self.dropped: frozenset[int] = frozenset()
         self.seconds = self.waited = self._taking = 0.0
@@ -60,8 +57,7 @@ class Overlap:
     @property
     def nbytes(self) -> int:
         """Host memory of the copies."""
-        kept = (self.vectors, self._sent, self._blocks)
-        return sum(host_bytes(tensor) for copies in kept for tensor in copies.values())
+        return sum(host_bytes(t) for copies in (self.shared, self._sent) for t in copies.values())
 
     @property
     def running(self) -> bool:
@@ -74,16 +70,12 @@ class Overlap:
             spoilt: its round does not count; the vector is that of the round's start.
         """
         start = time.perf_counter()
-        if worker not in self.vectors or self.vectors[worker].shape != vector.shape:
-            pinned = self._stream is not None
-            self.vectors[worker] = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=pinned)
-            self._sent[worker] = torch.empty(self._length, dtype=vector.dtype, pin_memory=pinned)
-            size = (self._slots(vector), self._state.block.parameters)
-            self._blocks[worker] = torch.empty(size, dtype=vector.dtype, pin_memory=pinned)
-        self.vectors[worker].copy_(vector, non_blocking=True)
-        self._sent[worker].copy_(vector[: self._length], non_blocking=True)
-        for kept, block in zip(self._blocks[worker], self._of_blocks(vector), strict=True):
-            kept.copy_(block, non_blocking=True)
+        if worker not in self.shared:
+            for kept, size in ((self.shared, self._state.shared.numel), (self._sent, self._length)):
+                pinned = self._stream is not None
+                kept[worker] = torch.empty(size, dtype=vector.dtype, pin_memory=pinned)
+        for kept in (self.shared, self._sent):
+            kept[worker].copy_(vector[: len(kept[worker])], non_blocking=True)
         self._taking += time.perf_counter() - start
         if spoilt:
             self._spoilt.append(worker)
@@ -123,8 +115,8 @@ class Overlap:
                     return
                 begun, start = True, time.perf_counter()
                 with one_line_when_out(self._comm.device, rank):
-                    self._sync.aggregate(self.vectors, now, self.dropped)
-                    self._sync.hand_off(self.vectors, now, then)
+                    self._sync.aggregate(self.shared, now, self.dropped, self._sync.shared)
+                    self._sync.hand_off(self.shared, now, then, self._sync.shared)
                     if self._stream is not None:
                         self._stream.synchronize()
                 self.seconds = time.perf_counter() - start
@@ -154,30 +146,19 @@ class Overlap:
     def finish(
         self, vectors: Mapping[int, Tensor], now: Partition, then: Partition, lost: frozenset[int]
     ) -> None:
-        """Put what was synchronised into the workers' vectors. Collective: all ranks.
+        """Synchronise pool blocks, and put into shared what was found of it. Collective: all ranks.
 
         Args:
+            vectors: of this rank's workers; of a lost one that of the round's start.
             now, then: deals of this round and of the next.
-            lost: workers whose steps since then do not count, or whose whole round.
+            lost: workers whose round does not count, or no longer.
         """
+        self._sync.aggregate(vectors, now, lost, self._sync.blocks)
+        self._sync.hand_off(vectors, now, then, self._sync.blocks)
         for worker, vector in vectors.items():
-            for kept, block in zip(self._blocks[worker], self._of_blocks(vector), strict=True):
-                if worker in lost:
-                    block.zero_()
-                else:
-                    block -= kept.to(block.device, non_blocking=True)
-        self._sync.aggregate(vectors, now, lost, self._sync.late)
-        self._sync.hand_off(vectors, now, then, self._sync.late)
-        for worker, vector in vectors.items():
-            new = self.vectors[worker]
-            for slot, late in enumerate(self._of_blocks(vector)):
-                late += self._of_blocks(new)[slot].to(late.device, non_blocking=True)
-                rest = slice(len(late), None)
-                place, found = (self._state.slot_part(v, slot)[rest] for v in (vector, new))
-                place.copy_(found, non_blocking=True)
-            self._finish_shared(vector, new, None if worker in lost else self._sent[worker])
+            self._add(vector, self.shared[worker], None if worker in lost else self._sent[worker])
 
-    def _finish_shared(self, vector: Tensor, new: Tensor, sent: Tensor | None) -> None:
+    def _add(self, vector: Tensor, new: Tensor, sent: Tensor | None) -> None:
         """Add what was found to where a worker's shared part is now; without `sent` take it as it is."""
         for lo in range(0, self._length, MEAN_CHUNK):
             part, found = vector[lo : min(lo + MEAN_CHUNK, self._length)], new[lo : lo + MEAN_CHUNK]
@@ -190,12 +171,3 @@ class Overlap:
         if NOT_NEGATIVE in shared.state.vectors and self._length > shared.parameters:
             row = 1 + shared.state.vectors.index(NOT_NEGATIVE)
             vector.narrow(0, row * shared.parameters, shared.parameters).clamp_(min=0)
-
-    def _slots(self, vector: Tensor) -> int:
-        """K: it falls when warm-up ends."""
-        return (len(vector) - self._state.slot_offset(0)) // self._state.block.numel
-
-    def _of_blocks(self, vector: Tensor) -> list[Tensor]:
-        """Views of the parameters of each slot's block."""
-        size = self._state.block.parameters
-        return [self._state.slot_part(vector, slot)[:size] for slot in range(self._slots(vector))]

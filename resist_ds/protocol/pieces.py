@@ -98,24 +98,6 @@ def compact_groups(state: StateLayout, pool: int, workers: int, travel: bool) ->
     return tuple(groups)
 
 
-def late_groups(state: StateLayout, pool: int, workers: int, *, compact: bool) -> tuple[Pieces, ...]:
-    """Of pool blocks the parameters: what local steps behind an exchange have changed of them meanwhile."""
-    block = state.block
-    if not compact or workers == 1:
-        return (_blocks(state, pool, 0, block.parameters),)
-    return (
-        _blocks(state, pool, 0, block.matrices, wire.INT8),
-        _blocks(state, pool, block.matrices, block.parameters - block.matrices),
-    )
-
-
-def late_groups_of(state: StateLayout, config: Config, pool: int, workers: int) -> tuple[Pieces, ...]:
-    """The same, as a run's options have it; none without `--overlap_steps`."""
-    if not config.overlap_steps:
-        return ()
-    return late_groups(state, pool, workers, compact=config.wire == "compact")
-
-
 def _ranges(
     state: StateLayout, part: PartLayout, travel: bool, parameters: Code
 ) -> Iterator[tuple[int, int, Code | None]]:

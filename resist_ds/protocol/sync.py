@@ -33,7 +33,7 @@ from resist_ds.protocol.partition import (
     plan_hand_off,
     slice_length,
 )
-from resist_ds.protocol.pieces import Pieces, groups_for, late_groups
+from resist_ds.protocol.pieces import Pieces, groups_for
 from resist_ds.protocol.wire import BLOCK
 
 BERTH = 16  # bytes: a multiple of it is where a parcel may begin in the buffer
@@ -53,8 +53,7 @@ class Synchroniser:
         vectors: of this rank's workers as they begin, on the compact wire.
 
     Attributes:
-        whole: the groups of pieces of a synchronisation.
-        late: those of what local steps behind one have changed of blocks since it began.
+        blocks, shared: the groups of pieces of each, which together are synchronised.
         differences: what the compact wire keeps of shared; None on the exact one, and for a single worker.
     """
 
@@ -81,12 +80,13 @@ class Synchroniser:
         self._transit = torch.empty(0)
         self._block_length = state.block.exchanged(travel)
         self._gradients = state.shared.parameters + state.slots * state.block.parameters
-        self.whole = groups_for(state, pool, layout.workers, travel=travel, compact=compact)
-        self.late = late_groups(state, pool, layout.workers, compact=compact)
+        groups = groups_for(state, pool, layout.workers, travel=travel, compact=compact)
+        self.blocks, self.shared = (
+            tuple(group for group in groups if group.of == of) for of in ("blocks", "shared")
+        )
         # Its temporaries, 24 bytes a value, are on a GPU no more than those of a mean, at another time.
         chunk = max(BLOCK, min(1 << 19, budget // 128) // BLOCK * BLOCK) if on_gpu else CHUNK
         place = (self._mine, comm.device, chunk)
-        groups = self.whole + self.late
         self._coders = {group: Coder(group, *place) for group in groups if group.code is not None}
         self.differences: Differences | None = None
         for group in (g for g in groups if g.differences):
@@ -109,11 +109,11 @@ class Synchroniser:
         Args:
             vectors: state vector of each worker that this rank plays.
             dropped: workers whose round does not count; their vectors are those of the round's start.
-            groups: `late`; None: `whole`.
+            groups: `blocks` or `shared`; None: both.
         """
         plan = plan_aggregate(now, dropped)
         everyone = tuple(range(now.workers))
-        for group in self.whole if groups is None else groups:
+        for group in groups or self.blocks + self.shared:
             blocks, coder = group.of == "blocks", self._coders.get(group)
             owners = now.owners if blocks else everyone
             held = now.holders if blocks else (everyone,) * now.workers
@@ -152,10 +152,10 @@ class Synchroniser:
         """Bring every piece from its owner to its next holders' slots. Collective: all ranks.
 
         Args:
-            groups: `late`; None: `whole`.
+            groups: `blocks` or `shared`; None: both.
         """
         plan = plan_hand_off(now, then, self.layout)
-        for group in self.whole if groups is None else groups:
+        for group in groups or self.blocks + self.shared:
             moves, coder = group.moves(plan), self._coders.get(group)
             # Where a chunk of shared goes, nothing is left that must leave: it arrives in its place. Where a
             # block goes, another may still lie: it waits in the buffer until this slice of all has left.

@@ -101,7 +101,7 @@ def owned(
     that all own about as much; every tensor of the global model is named on exactly one rank.
 
     Args:
-        agreed: vectors with what all agreed on of shared, where `vectors` have gone on from there.
+        agreed: what all agreed on of shared, where `vectors` have gone on from there.
     """
     state: StateDict = {}
     shared, block = layout.shared, layout.block

@@ -44,13 +44,13 @@ def train(comm: Comm, config: Config) -> dict[str, Any]:
     deals = [trainer.net.deal]
     hand_off = trainer.net.sync.hand_off
 
-    def spied(vectors: Any, now: Partition, then: Partition, *late: Any) -> None:
-        if late:
-            assert (now, then) == tuple(deals[-2:])
+    def spied(vectors: Any, now: Partition, then: Partition, *groups: Any) -> None:
+        if groups == (trainer.net.sync.blocks,):  # after shared
+            assert [now, then] == deals[-2:]
         else:
             assert now == deals[-1]
             deals.append(then)
-        hand_off(vectors, now, then, *late)
+        hand_off(vectors, now, then, *groups)
 
     trainer.net.sync.hand_off = spied  # type: ignore[method-assign]
     result = trainer.run()

@@ -26,8 +26,6 @@ from resist_ds.protocol.partition import (
     Layout,
     Partition,
     chunk_bounds,
-    plan_aggregate,
-    plan_hand_off,
     sample_partition,
 )
 from resist_ds.protocol.pieces import bytes_sent, exact_groups, groups_of
@@ -486,31 +484,6 @@ def assert_ledger(lines: list[dict[str, Any]], ranks: int, config: Config) -> No
             total += line["comm/bytes_eval"]
         assert line["comm/bytes_total"] == total
     assert [line["kind"] for line in lines].count("round") == config.rounds
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize("wire", ["exact", "compact"])
-def test_the_ledger_of_a_round_that_overlaps_has_the_late_changes_too(
-    ranks: Any, tmp_path: Path, wire: str
-) -> None:
-    options = {"workers": 3, "min_blocks": 5, "rounds": 4, "overlap_steps": 1, "local_steps": 2, "wire": wire}
-    options |= {"eval_every": 0, "checkpoint_every": 0}
-    _, lines = run(ranks, 3, tmp_path, final_parameters, **options)
-    rounds = [line for line in lines if line["kind"] == "round"]
-    config = Config(**{**BASE, **options})
-    blueprint, layout = Blueprint(config.model, 10), Layout(3, 3)
-    state = StateLayout.of(blueprint, config, 1)
-    deals = [sample_partition(config.seed, r, workers=3, pool=blueprint.pool, min_blocks=5) for r in range(5)]
-    matrices, vectors = state.block.matrices, state.block.parameters - state.block.matrices
-    late = 4 * (matrices + vectors)
-    if wire == "compact":
-        late = matrices + 4 * -(-matrices // 256) + 4 * vectors
-    for line, (now, then) in zip(rounds, itertools.pairwise(deals), strict=True):
-        whole = bytes_sent(groups_of(state, config, blueprint.pool, 3), now, then, layout, 4)
-        moves = [*plan_aggregate(now).blocks, *plan_hand_off(now, then, layout).blocks]
-        moves = [move for move in moves if move.source not in move.targets]
-        hidden = line["round"] < config.rounds  # the last one ends in an evaluation
-        assert line["comm/bytes_round"] == whole + (late * len(moves) if hidden else 0)
 
 
 @pytest.mark.ranks

@@ -159,16 +159,16 @@ def skipping(comm: Comm, step: int, options: dict[str, Any]) -> dict[str, Any]:
         finish(round, lost)
         if not seen:
             shared = run.workers.layout.shared.numel
-            vector = run.workers.vectors[comm.rank]
-            agreed = run.net.overlap.vectors[comm.rank]
+            vector, agreed = run.workers.vectors[comm.rank], run.net.overlap.shared[comm.rank]
             seen["lost"], seen["dropped"] = sorted(lost), sorted(run.net.overlap.dropped)
-            seen["alike"] = torch.equal(vector[:shared], agreed[:shared])
-            was, now = run.net.trained, run.net.deal
-            size, layout = run.workers.layout.block.parameters, run.workers.layout
-            for slot, block in enumerate(now.blocks[comm.rank]):  # late changes: of the other worker's alone
-                have, found = (layout.slot_part(v, slot) for v in (vector, agreed))
-                assert torch.equal(have[:size], found[:size]) == (block in was.blocks[1]), block
-                assert torch.equal(have[size:], found[size:]), "momentum"
+            seen["alike"] = torch.equal(vector[:shared], agreed)
+            was, now, layout = run.net.trained, run.net.deal, run.workers.layout
+            momentum = {
+                block: next(iter(layout.block.tensors(layout.slot_part(vector, slot)).values()))
+                for slot, block in enumerate(now.blocks[comm.rank])
+            }
+            seen["as at the start"] = [b for b, of in momentum.items() if not of["momentum_buffer"].any()]
+            seen["of the lost"] = [block for block in now.blocks[comm.rank] if block in was.blocks[1]]
             seen["finite"] = bool(vector.isfinite().all())
 
     run.net.finish = watched  # type: ignore[method-assign]
@@ -184,10 +184,12 @@ def test_nan_costs_the_round_or_what_came_after_the_exchange_began(
     ranks: Ranks, tmp_path: Path, step: int, dropped: list[int]
 ) -> None:
     options = OPTIONS | {"workers": 2, "output_dir": str(tmp_path), "on_nan": "skip"}
-    zero, one = ranks(skipping, 2, step, options)
-    what = "its round" if dropped else "all since the exchange began"
-    warning = f"round 1, first in the loss of local step {step + 1}: {what} is dropped"
+    zero, one = found = ranks(skipping, 2, step, options)
+    but = "" if dropped else ", but for what it had sent of shared"
+    warning = f"round 1, first in the loss of local step {step + 1}: its round is dropped{but}"
     expected = {"lost": [1], "dropped": dropped, "finite": True}
+    for seen in found:
+        assert seen.pop("as at the start") == seen.pop("of the lost")
     assert zero == expected | {"alike": False, "warned": [warning]}  # it has gone on training
     assert one == expected | {"alike": True, "warned": []}
 
@@ -282,4 +284,4 @@ def test_copies_are_counted_once_they_are_there() -> None:
     overlap = Overlap(Comm(), None, state, travel=True)  # type: ignore[arg-type]
     assert overlap.nbytes == 0
     overlap.take(0, torch.zeros(state.numel), spoilt=False)
-    assert overlap.nbytes == 4 * (state.numel + state.shared.numel + 2 * state.block.parameters)
+    assert overlap.nbytes == 4 * 2 * state.shared.numel

@@ -14,7 +14,7 @@ from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import OptimizerState, StateLayout
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition, slots_for
-from resist_ds.protocol.pieces import bytes_sent, groups_of, late_groups_of
+from resist_ds.protocol.pieces import bytes_sent, groups_of
 
 CLASSES = 10  # of the synthetic data
 
@@ -79,8 +79,7 @@ def moved_bytes(blueprint: Blueprint, config: Config) -> int:
     workers, itemsize, pool = config.workers, _itemsize(config), blueprint.pool
     if config.way.lockstep:
         return 2 * (workers - 1) * blueprint.parameters * config.local_steps * itemsize
-    state = StateLayout.of(blueprint, config, slots=1)
-    groups = groups_of(state, config, pool, workers) + late_groups_of(state, config, pool, workers)
+    groups = groups_of(StateLayout.of(blueprint, config, slots=1), config, pool, workers)
     rounds, least = measured_rounds(config), config.least_blocks(pool)
     deals = [
         sample_partition(config.seed, r, workers=workers, pool=pool, min_blocks=least)
