@@ -385,7 +385,7 @@ class Config:
             )
         if self.overlap_steps and self.deepspeed_config is not None:
             raise UserError(
-                "--overlap_steps is not for --deepspeed_config, whose engines train all that they hold: type "
+                "--overlap_steps is not for --deepspeed_config, whose engines show their state between rounds: type "
                 "--overlap_steps 0"
             )
 

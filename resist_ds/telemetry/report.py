@@ -96,7 +96,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     if config.overlap_steps:
         left = job.timetable.rounds - start.position.round
         lines.append(
-            f"exchanged behind the last {_count(config.overlap_steps, 'local step')} of {job.behind} of "
+            f"shared is exchanged behind the last {_count(config.overlap_steps, 'local step')} of {job.behind} of "
             f"{_count(left, 'round')}: not where evaluation, a checkpoint, another K or the end follows"
         )
     steps = (job.timetable.end.step - start.position.step) * len(layout.workers_of(comm.rank))

@@ -334,7 +334,7 @@ def test_the_first_lines_say_how_many_rounds_overlap(ranks: Ranks, tmp_path: Pat
     options = OPTIONS | {"output_dir": str(tmp_path), "workers": 2, "rounds": 9, "eval_every": 4}
     options |= {"overlap_steps": 1, "warmup_rounds": 2, "checkpoint_every": 5}
     (text, _) = ranks(opening, 2, options)  # not behind rounds 2 (K), 4 and 8, 5, 9
-    assert "\nexchanged behind the last 1 local step of 4 of 9 rounds: " in text
+    assert "\nshared is exchanged behind the last 1 local step of 4 of 9 rounds: " in text
 
 
 def test_images_on_a_gpu_are_part_of_its_memory(ranks: Ranks, tmp_path: Path) -> None:
