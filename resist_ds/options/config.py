@@ -385,8 +385,8 @@ class Config:
             )
         if self.overlap_steps and self.deepspeed_config is not None:
             raise UserError(
-                "--overlap_steps is not for --deepspeed_config, whose engines show their state between rounds: type "
-                "--overlap_steps 0"
+                "--overlap_steps is not for --deepspeed_config, whose engines show their state between "
+                "rounds: type --overlap_steps 0"
             )
 
     def _check_rounds(self) -> None:
