@@ -94,10 +94,10 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{_count(config.batch_size, 'image')} per worker",
     ]
     if config.overlap_steps:
-        left = job.timetable.rounds - start.position.round
+        steps, left = _count(config.overlap_steps, "local step"), job.timetable.rounds - start.position.round
         lines.append(
-            f"shared is exchanged behind the last {_count(config.overlap_steps, 'local step')} of {job.behind} "
-            f"of {_count(left, 'round')}: not where evaluation, a checkpoint, another K or the end follows"
+            f"shared is exchanged behind the last {steps} of {job.behind} of {_count(left, 'round')}: "
+            "not where evaluation, a checkpoint, another K or the end follows"
         )
     steps = (job.timetable.end.step - start.position.step) * len(layout.workers_of(comm.rank))
     if steps > SHORT and (predicted := _predicted(job, slots, deal.slots)):
