@@ -94,9 +94,9 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{_count(config.batch_size, 'image')} per worker",
     ]
     if config.overlap_steps:
-        steps, left = _count(config.overlap_steps, "local step"), job.timetable.rounds - start.position.round
+        last, left = _count(config.overlap_steps, "local step"), job.timetable.rounds - start.position.round
         lines.append(
-            f"shared is exchanged behind the last {steps} of {job.behind} of {_count(left, 'round')}: "
+            f"shared is exchanged behind the last {last} of {job.behind} of {_count(left, 'round')}: "
             "not where evaluation, a checkpoint, another K or the end follows"
         )
     steps = (job.timetable.end.step - start.position.step) * len(layout.workers_of(comm.rank))
