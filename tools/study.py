@@ -14,11 +14,14 @@ Options that this tool does not know go to every run: `--model preact_resnet_sma
 """
 
 import argparse
+import importlib.util
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,6 +31,9 @@ from resist_ds.options.command_line import parse
 from tools.accuracy import arms, records, tables
 from tools.accuracy.due import Design
 from tools.accuracy.runs import Place, run_all
+
+if TYPE_CHECKING:
+    from tools.accuracy.costs import Device
 
 # A net of the paper's shape, narrow enough for a CPU. Its rate is every arm's own.
 STUDY = {
@@ -82,9 +88,11 @@ def main() -> int:
         place = Place(
             given.output_dir, given.data_dir, given.records or given.output_dir / "records.jsonl", INCIDENTAL
         )
-        if not given.report:
-            run_all(design_of(given, others), place, given.jobs, partial(print, flush=True))
-        print(report(place.records, given))
+        design = None if given.report else design_of(given, others)
+        devices = devices_of(given)
+        if design is not None:
+            run_all(design, place, given.jobs, partial(print, flush=True))
+        print(report(place.records, devices, given.picture))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -103,25 +111,30 @@ def design_of(given: argparse.Namespace, others: list[str]) -> Design:
     """What is asked for; raises `UserError`."""
     if given.data_dir is None:
         raise UserError("type --data_dir FOLDER, of images to train on (train/ and test/)")
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
+    for name in sorted(names & {"lr", "epochs", "rounds", "seed"}):
+        raise UserError(f"--{name} is every arm's own: type --rates, --passes or --seeds")
+    for name in sorted(names & {*INCIDENTAL, "config", "resume", "dataset"}):
+        raise UserError(f"--{name} is the study's own: leave it out")
     typed = [*(f"--{name}={value}" for name, value in STUDY.items()), *others]
     config = parse([*typed, f"--data_dir={given.data_dir}"])
     if not given.data_dir.is_dir():
         raise UserError(f"--data_dir {given.data_dir}: no such folder")
     if given.jobs < 1:
         raise UserError(f"--jobs is {given.jobs}: type a number from 1")
-    names = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
-    study = STUDY | {name: str(getattr(config, name)) for name in sorted(names)}
-    for name in set(study) & {"lr", "epochs", "rounds", "seed"}:
-        raise UserError(f"--{name} is every arm's own: type --rates, --passes or --seeds")
+    study = STUDY | {name: arms.typed_word(getattr(config, name)) for name in sorted(names)}
     from resist_ds.nets.blueprint import Blueprint  # after a mistake is answered
 
-    pool = Blueprint(config.model, num_classes=10).pool
+    seeds = numbers("--seeds", given.seeds, least=0)
+    if any(seed != int(seed) for seed in seeds):
+        raise UserError(f"--seeds is {given.seeds!r}: type whole numbers")
     return Design(
         study=study,
-        arms=arms.read_all(given.arms or arms.whole_study(), config, pool),
+        data=records.data_of(given.data_dir),
+        arms=arms.read_all(given.arms or arms.whole_study(), study, Blueprint(config.model, 10).pool),
         rates=tuple(sorted(numbers("--rates", given.rates))),
         lengths=numbers("--passes", given.passes),
-        seeds=tuple(int(seed) for seed in numbers("--seeds", given.seeds, least=0)),
+        seeds=tuple(map(int, seeds)),
     )
 
 
@@ -136,43 +149,63 @@ def numbers(option: str, text: str, least: float = 1e-9) -> tuple[float, ...]:
     return found
 
 
-def report(path: Path, given: argparse.Namespace) -> str:
-    """The tables of all that is recorded, study by study; raises `UserError`."""
+def devices_of(given: argparse.Namespace) -> dict[str, "Device"]:
+    """By link what a rank has; raises `UserError`, for what would else be found when all runs are done."""
+    from tools.accuracy.costs import Device
+
+    if given.picture is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--picture needs matplotlib: pip install 'resist-ds[plots]'")
+        if given.picture.suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--picture is {given.picture}: type a name that ends in .png, .pdf or .svg")
+    speed = quantity("--flops", given.flops, SPEEDS)
+    return {link: Device(speed, quantity("--links", link, BANDWIDTHS)) for link in given.links.split(",")}
+
+
+def report(path: Path, devices: Mapping[str, "Device"], picture: Path | None) -> str:
+    """The tables of all that is recorded, study by study; raises `UserError`.
+
+    Args:
+        picture: where to draw it; of the second study and those that follow with their numbers.
+    """
     found = records.by_study(records.load(path))
     if not found:
         raise UserError(f"{path} holds no record of a run")
-    speed = quantity("--flops", given.flops, SPEEDS)
-    links = {link: quantity("--links", link, BANDWIDTHS) for link in given.links.split(",")}
     from tools.accuracy import costs
 
+    passes = ("passes over the images", _passes)
+    work = ("passes × share of multiply-adds", lambda record: record.passes * costs.share(record))
+    times = [(f"predicted s at {link}", partial(_seconds, device)) for link, device in devices.items()]
     lines = []
-    for study, runs in found.items():
-        measures = [
-            ("passes over the images", lambda record: record.passes),
-            ("passes × share of multiply-adds", lambda record: record.passes * costs.share(record)),
-        ]
-        for link, bandwidth in links.items():
-            device = costs.Device(speed, bandwidth)
-            measures.append((f"predicted seconds at {link}", partial(_seconds, device)))
-        lines += [f"### {', '.join(f'{name} {value}' for name, value in study)}", ""]
-        lines += ["Test accuracy (%), mean ± standard deviation (runs), each way at its rate:", ""]
+    for number, (study, runs) in enumerate(found.items(), 1):
+        lines += [f"### {study}", "", "Test accuracy (%), mean ± sd (runs), each way at its rate:", ""]
         lines += [*tables.equal_images(runs, costs.share), ""]
-        for passes in sorted({r.passes for r in runs if r.options["strategy"] == "resist"}):
-            lines += [f"For what the cheapest `resist` takes for {passes:g} passes:", ""]
-            lines += [*tables.equal_cost(runs, measures, passes), ""]
+        for workers in sorted({record.facts["workers"] for record in runs if record.facts}):
+            alike = [record for record in runs if record.facts.get("workers") == workers]
+            for length in sorted({record.passes for record in alike}):
+                if table := tables.equal_cost(alike, [passes, work, *times], length):
+                    lines += [
+                        f"On {workers} devices, for what the cheapest `resist` takes for {length:g} passes:"
+                    ]
+                    lines += ["", *table, ""]
         lines += ["Rates that were tried:", "", *tables.rates(runs), ""]
-        if given.picture is not None:
-            from tools.accuracy.pictures import picture
+        if picture is not None:
+            from tools.accuracy.pictures import picture as drawn
 
-            given.picture.parent.mkdir(parents=True, exist_ok=True)
-            picture(runs, measures).savefig(given.picture, dpi=110)
+            place = picture if number == 1 else picture.with_stem(f"{picture.stem}-{number}")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            drawn(runs, [passes, work, *times]).savefig(place, dpi=110)
     return "\n".join(lines)
 
 
-def _seconds(device: "object", record: records.Record) -> float:
+def _passes(record: records.Record) -> float:
+    return record.passes
+
+
+def _seconds(device: "Device", record: records.Record) -> float:
     from tools.accuracy import costs
 
-    return costs.seconds(record, device)  # type: ignore[arg-type]
+    return costs.seconds(record, device)
 
 
 if __name__ == "__main__":

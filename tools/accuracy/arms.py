@@ -1,11 +1,13 @@
 """What is compared: an arm is a strategy and the options in which it differs from the study's."""
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from resist_ds.errors import UserError
 from resist_ds.options.command_line import parse
 from resist_ds.options.config import Config
-from resist_ds.options.strategy import STRATEGIES
+from resist_ds.options.strategy import STRATEGIES, Strategy
 
 ROUNDS = ("5", "10", "20", "50")  # local steps in them
 WORKERS = ("2", "4", "8")
@@ -14,6 +16,12 @@ COMMON = (
     *("model", "dataset", "data_dir", "img_size", "num_classes", "output_dir", "config", "strategy"),
     *("epochs", "rounds", "seed", "eval_every", "checkpoint_every", "resume"),
 )
+HAVE: dict[str, Callable[[Strategy], bool]] = {
+    "min_blocks": lambda way: way.partitions,
+    **dict.fromkeys(
+        ("wire", "overlap_steps", "local_steps_max", "optimizer_state"), lambda way: way.averages
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -47,16 +55,20 @@ def whole_study() -> str:
     return ",".join([*names, "ddp:workers=1", "stochastic_depth:workers=4"])
 
 
-def read_all(text: str, config: Config, pool: int) -> tuple[Arm, ...]:
-    """The arms that `--arms` names, `config` being the options of all; raises `UserError`."""
-    arms = tuple(read(each.strip(), config, pool) for each in text.split(","))
+def read_all(text: str, study: Mapping[str, str], pool: int) -> tuple[Arm, ...]:
+    """The arms that `--arms` names; raises `UserError`.
+
+    Args:
+        study: the options of all.
+    """
+    arms = tuple(read(each.strip(), study, pool) for each in text.split(","))
     for arm in arms:
         if sum(other.name == arm.name for other in arms) > 1:
             raise UserError(f"--arms names {arm.name} twice: type each once")
     return arms
 
 
-def read(text: str, config: Config, pool: int) -> Arm:
+def read(text: str, study: Mapping[str, str], pool: int) -> Arm:
     """The arm that `STRATEGY[:option=value]...` names; raises `UserError`.
 
     `ddp` is one worker with the batches of all, in as many micro-batches as workers: BatchNorm sees what it
@@ -74,23 +86,34 @@ def read(text: str, config: Config, pool: int) -> Arm:
         if not equals or name in COMMON or name not in Config.__dataclass_fields__ or name in options:
             raise UserError(f"--arms {text}: {each!r} is no option=value that one of several can have, once")
         options[name] = value
-    workers = _workers(options.get("workers", config.workers), text)
+    given = {**study, **options}
+    workers, batch, parts = (
+        _number(text, name, given.get(name, default))
+        for name, default in (("workers", 4), ("batch_size", 128), ("accumulation_steps", 1))
+    )
+    for name, has in HAVE.items():  # what is typed for all, and not for this one
+        if name in study and name not in options and not has(STRATEGIES[strategy]):
+            options[name] = typed_word(Config.default(name))
     if strategy in ("ddp", "stochastic_depth"):
         options["workers"] = "1"
     if strategy == "ddp" and workers > 1:
-        batch = int(options.get("batch_size", config.batch_size))
-        options |= {"batch_size": str(batch * workers), "accumulation_steps": str(workers)}
-    if strategy == "stochastic_depth":
-        options.setdefault("min_blocks", str(-(-pool // workers)))
+        options |= {"batch_size": str(batch * workers), "accumulation_steps": str(parts * workers)}
+    if strategy == "stochastic_depth" and "min_blocks" not in given:
+        options["min_blocks"] = str(-(-pool // workers))
     options["strategy"] = strategy
     try:
-        parse(["--dataset=synthetic", *(f"--{name}={value}" for name, value in options.items())])
+        parse([f"--{name}={value}" for name, value in {**study, "dataset": "synthetic", **options}.items()])
     except UserError as error:
         raise UserError(f"--arms {text}: {error}") from None
     return Arm(text, options, workers)
 
 
-def _workers(value: object, text: str) -> int:
+def typed_word(value: object) -> str:
+    """An option's value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _number(text: str, name: str, value: object) -> int:
     if not str(value).isdigit() or int(str(value)) < 1:
-        raise UserError(f"--arms {text}: its workers are {value}: type a number from 1")
+        raise UserError(f"--arms {text}: its {name} is {value}: type a number from 1")
     return int(str(value))

@@ -37,7 +37,7 @@ def seconds(record: Record, device: Device) -> float:
 
     A step takes its multiply-adds at the device's speed; an exchange its bytes, all links at once.
     `ddp` hides its exchange behind the backward pass as far as that goes: the longer of both counts, which is
-    the best that it can do. So does `--overlap_steps`, behind its last steps.
+    the best that it can do. So does `--overlap_steps`, behind its last steps, but for pool blocks.
     """
     config, blueprint = _net(record, stands_for=True)
     workers = int(record.facts["workers"])
@@ -49,8 +49,12 @@ def seconds(record: Record, device: Device) -> float:
     if workers == 1 or config.strategy == "stochastic_depth":
         return steps * step
     least = blueprint.pool if config.strategy == "local_sgd" else config.min_blocks
-    exchange = sent_per_round(blueprint, config, workers, least) / workers / device.bandwidth
-    return steps * step + rounds * max(0.0, exchange - config.overlap_steps * step)
+    exchange, front = (
+        sent_per_round(blueprint, config, workers, least, blocks_alone=alone) / workers / device.bandwidth
+        for alone in (False, True)
+    )
+    hidden = min(exchange - front, config.overlap_steps * step)
+    return steps * step + rounds * (exchange - hidden)
 
 
 @cache

@@ -22,8 +22,8 @@ class Trial:
     passes: float
     seed: int
 
-    def key(self, study: dict[str, str]) -> tuple[object, ...]:
-        return key({**study, **self.arm.options}, self.lr, self.passes, self.seed)
+    def key(self, design: "Design") -> tuple[object, ...]:
+        return key(design.data, design.study | self.arm.options, self.lr, self.passes, self.seed)
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class Design:
     """What a study wants of every arm.
 
     Attributes:
-        study: options that all runs have alike.
+        study: options that all runs have alike; data: what they train on, see `records.data_of`.
         rates: the grid, ascending; lengths: passes over the images, the first one that of the grid's runs.
         seeds: the first one that of the grid's runs.
     """
 
     study: dict[str, str]
+    data: str
     arms: tuple[Arm, ...]
     rates: tuple[float, ...]
     lengths: tuple[float, ...]
@@ -50,7 +51,7 @@ def due(design: Design, records: Iterable[Record]) -> list[Trial]:
     later: list[tuple[int, int, Trial]] = []
     for arm in design.arms:
         tried = _grid(design, arm, accuracy)
-        lacking = [t for t in tried if t.key(design.study) not in accuracy]
+        lacking = [t for t in tried if t.key(design) not in accuracy]
         if lacking:
             tuning += lacking
             continue
@@ -58,18 +59,10 @@ def due(design: Design, records: Iterable[Record]) -> list[Trial]:
         for place, seed in enumerate(design.seeds):
             for length, passes in enumerate(design.lengths):
                 trial = Trial(arm, lr, passes, seed)
-                if trial.key(design.study) not in accuracy:
+                if trial.key(design) not in accuracy:
                     later.append((length, place, trial))
-    return tuning + [trial for *_, trial in sorted(later, key=lambda entry: entry[:2])]
-
-
-def best_rate(design: Design, arm: Arm, records: Iterable[Record]) -> float | None:
-    """An arm's rate: the grid's best, or None where the grid is not done."""
-    accuracy = {record.key: _value(record) for record in records}
-    tried = _grid(design, arm, accuracy)
-    if any(t.key(design.study) not in accuracy for t in tried):
-        return None
-    return _best(design, tried, accuracy).lr
+    found = tuning + [trial for *_, trial in sorted(later, key=lambda entry: entry[:2])]
+    return list({trial.key(design): trial for trial in reversed(found)}.values())[::-1]  # each once
 
 
 def _value(record: Record) -> float:
@@ -83,7 +76,7 @@ def _grid(design: Design, arm: Arm, accuracy: dict[tuple[object, ...], float]) -
     rates: Sequence[float] = design.rates
     for _ in range(BEYOND):
         tried = [Trial(arm, lr, design.lengths[0], design.seeds[0]) for lr in rates]
-        if len(rates) < 2 or any(t.key(design.study) not in accuracy for t in tried):
+        if len(rates) < 2 or any(t.key(design) not in accuracy for t in tried):
             return tried
         best = _best(design, tried, accuracy).lr
         if best == rates[-1]:
@@ -102,4 +95,4 @@ def _next(last: float, end: float) -> float:
 
 def _best(design: Design, tried: Sequence[Trial], accuracy: dict[tuple[object, ...], float]) -> Trial:
     """The most accurate, of equal ones that with the lower rate."""
-    return max(tried, key=lambda trial: (accuracy[trial.key(design.study)], -trial.lr))
+    return max(tried, key=lambda trial: (accuracy[trial.key(design)], -trial.lr))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.accuracy.records import Record
-from tools.accuracy.tables import Cost, Runs, chosen, grouped
+from tools.accuracy.tables import Cost, Runs, measured_ways
 
 MARKS = "osD^vPX*"
 
@@ -18,8 +18,7 @@ def picture(records: Sequence[Record], costs: Sequence[tuple[str, Cost]]) -> Any
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    ways = [chosen(runs) for runs in grouped(records).values()]
-    ways = sorted((runs for runs in ways if all(each.any.facts for each in runs)), key=lambda r: -r[-1].mean)
+    ways = measured_ways(records)
     columns = 3
     rows = -(-len(costs) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.32 * -(-len(ways) // 3)), layout="constrained")
@@ -27,7 +26,7 @@ def picture(records: Sequence[Record], costs: Sequence[tuple[str, Cost]]) -> Any
     for (title, cost), axes in zip(costs, panels.flat, strict=False):
         for number, runs in enumerate(ways):
             axes.errorbar(
-                [cost(each.any) for each in runs],
+                [cost(of) for each in runs if (of := each.measured)],
                 [each.mean for each in runs],
                 [each.spread or 0.0 for each in runs],
                 marker=MARKS[number % len(MARKS)],

@@ -24,7 +24,7 @@ class Record:
     """A run that has ended.
 
     Attributes:
-        arm: its name; options: all that were typed for it, but `INCIDENTAL`.
+        arm: its name; options: all that were typed for it, but `INCIDENTAL`; data: what `data_of` says.
         study: those of them that all runs of the study have alike.
         lr, passes, seed: peak rate, passes over the images by all workers together, seed.
         accuracy: of the last, global model on the test images, in [0, 1]; None: the run met NaN or Inf.
@@ -35,6 +35,7 @@ class Record:
     arm: str
     options: dict[str, str]
     study: dict[str, str]
+    data: str
     lr: float
     passes: float
     seed: int
@@ -44,7 +45,14 @@ class Record:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return key(self.options, self.lr, self.passes, self.seed)
+        return key(self.data, self.options, self.lr, self.passes, self.seed)
+
+
+def data_of(folder: Path) -> str:
+    """What an image folder holds, so that another one is another study."""
+    counts = [len([*(folder / part).glob("*/*")]) for part in ("train", "test")]
+    classes = len([*(folder / "train").glob("*/")])
+    return f"{counts[0]:,} and {counts[1]:,} images of {classes} classes"
 
 
 def telling(options: Mapping[str, str]) -> dict[str, str]:
@@ -52,9 +60,9 @@ def telling(options: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in sorted(options.items()) if name not in INCIDENTAL}
 
 
-def key(options: Mapping[str, str], lr: float, passes: float, seed: int) -> tuple[object, ...]:
+def key(data: str, options: Mapping[str, str], lr: float, passes: float, seed: int) -> tuple[object, ...]:
     """What makes two runs the same one."""
-    return (*way(options), lr, passes, seed)
+    return (data, *way(options), lr, passes, seed)
 
 
 def way(options: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -63,18 +71,19 @@ def way(options: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def load(path: Path) -> list[Record]:
-    """The records of a file, none if there is none; raises `UserError` for a line that is no record."""
+    """The records of a file, each run once; raises `UserError` for a line that is no record."""
     if not path.exists():
         return []
-    found = []
+    found: dict[tuple[object, ...], Record] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            found.append(Record(**json.loads(line)))
+            record = Record(**json.loads(line))
+            found.setdefault(record.key, record)
         except (ValueError, TypeError):
             raise UserError(
                 f"{path}, line {number}, is no record of the study: mend it or take it out"
             ) from None
-    return found
+    return list(found.values())
 
 
 def append(path: Path, record: Record) -> None:
@@ -84,9 +93,10 @@ def append(path: Path, record: Record) -> None:
         file.write(json.dumps(asdict(record), sort_keys=True) + "\n")
 
 
-def by_study(records: Iterable[Record]) -> dict[tuple[tuple[str, str], ...], list[Record]]:
-    """Records by what all of a study's runs have alike."""
-    found: dict[tuple[tuple[str, str], ...], list[Record]] = {}
+def by_study(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by what all of a study's runs have alike, in words."""
+    found: dict[str, list[Record]] = {}
     for record in records:
-        found.setdefault(tuple(sorted(record.study.items())), []).append(record)
+        alike = ", ".join(f"{name} {value}" for name, value in sorted(record.study.items()))
+        found.setdefault(f"{alike}; {record.data}", []).append(record)
     return found

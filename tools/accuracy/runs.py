@@ -1,5 +1,6 @@
 """Makes the runs that are due, several at a time: each a `train.py` on one rank, in a folder of its own."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -39,7 +40,8 @@ def run_all(design: Design, place: Place, jobs: int, say: Callable[[str], None])
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while True:
-                waiting = [t for t in due(design, load(place.records)) if t not in at_work.values()]
+                running = {trial.key(design) for trial in at_work.values()}
+                waiting = [t for t in due(design, load(place.records)) if t.key(design) not in running]
                 for trial in waiting[: jobs - len(at_work)]:
                     at_work[pool.submit(_run, trial, design, place)] = trial
                 if not at_work:
@@ -48,23 +50,26 @@ def run_all(design: Design, place: Place, jobs: int, say: Callable[[str], None])
                 for future in done:
                     trial = at_work.pop(future)
                     record = future.result()
-                    assert record.key == trial.key(design.study), "it would be due for ever"
+                    assert record.key == trial.key(design), "it would be due for ever"
                     append(place.records, record)
                     shown = "NaN" if record.accuracy is None else f"{100 * record.accuracy:.2f} %"
-                    say(f"{folder_of(trial)}: {shown}")
-        except BaseException:
+                    say(f"{folder_of(trial, design)}: {shown}")
+        except BaseException as error:
+            if at_work and not isinstance(error, KeyboardInterrupt):
+                say(f"a run has failed; waiting for {len(at_work)} that are on their way")
             pool.shutdown(cancel_futures=True, wait=True)
             raise
 
 
-def folder_of(trial: Trial) -> str:
-    """A name that is good for files."""
+def folder_of(trial: Trial, design: Design) -> str:
+    """A name that is good for files, and another for another study."""
     arm = re.sub(r"[^\w.=-]+", "-", trial.arm.name)
-    return f"{arm}-lr{trial.lr:g}-passes{trial.passes:g}-seed{trial.seed}"
+    study = hashlib.sha256(repr(trial.key(design)).encode()).hexdigest()[:6]
+    return f"{arm}-lr{trial.lr:g}-passes{trial.passes:g}-seed{trial.seed}-{study}"
 
 
 def _run(trial: Trial, design: Design, place: Place) -> Record:
-    name = folder_of(trial)
+    name = folder_of(trial, design)
     folder = place.folder / name
     options = {**design.study, **trial.arm.options}
     options |= {"lr": f"{trial.lr:g}", "epochs": f"{trial.passes:g}", "seed": str(trial.seed)}
@@ -94,6 +99,7 @@ def _record(trial: Trial, options: dict[str, str], design: Design, run: Run | No
         arm=trial.arm.name,
         options=telling(options),
         study=telling(design.study),
+        data=design.data,
         lr=trial.lr,
         passes=trial.passes,
         seed=trial.seed,

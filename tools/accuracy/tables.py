@@ -23,6 +23,11 @@ class Runs:
         return self.records[0]
 
     @property
+    def measured(self) -> Record | None:
+        """One that has facts: that did not meet NaN or Inf."""
+        return next((record for record in self.records if record.facts), None)
+
+    @property
     def shares(self) -> list[float]:
         """Test accuracy of each, in %; 0 where it met NaN or Inf."""
         return [100 * (record.accuracy or 0.0) for record in self.records]
@@ -54,12 +59,8 @@ def grouped(records: Sequence[Record]) -> dict[tuple[tuple[str, str], ...], list
 
 
 def chosen(runs: Sequence[Runs]) -> list[Runs]:
-    """Those at the way's rate, by length: that of most runs, among equals the most accurate one's."""
-    counts: dict[float, tuple[int, float]] = {}
-    for each in runs:
-        done, best = counts.get(each.any.lr, (0, 0.0))
-        counts[each.any.lr] = done + len(each.records), max(best, each.mean)
-    lr = max(counts, key=lambda rate: counts[rate])
+    """Those at the way's rate, by length: of the rates with most seeds the most accurate one."""
+    lr = max(runs, key=lambda each: (len(each.records), each.mean)).any.lr
     return sorted((each for each in runs if each.any.lr == lr), key=lambda each: each.any.passes)
 
 
@@ -68,9 +69,9 @@ def equal_images(records: Sequence[Record], share: Callable[[Record], float]) ->
     lengths = sorted({record.passes for record in records})
     head = ["way", "rate", "active", "multiply-adds", *(f"{passes:g} passes" for passes in lengths)]
     rows = []
-    for runs in _by_accuracy(records):
+    for runs in by_accuracy(records):
         found = {each.any.passes: each.cell for each in runs}
-        of = next((r for each in runs for r in each.records if r.facts), None)
+        of = next((each.measured for each in runs if each.measured), None)
         active = cost = "–"
         if of is not None:  # else all met NaN or Inf
             depth = of.options["strategy"] == "stochastic_depth"
@@ -83,18 +84,29 @@ def equal_images(records: Sequence[Record], share: Callable[[Record], float]) ->
 
 
 def equal_cost(records: Sequence[Record], costs: Sequence[tuple[str, Cost]], passes: float) -> list[str]:
-    """A column a cost: every way's accuracy for what the cheapest `resist` takes for so many passes."""
-    ways = [runs for runs in _by_accuracy(records) if all(each.any.facts for each in runs)]
-    ours = [each for runs in ways for each in runs if _is_measure(each.any, passes)]
+    """A column a cost: every way's accuracy for what the cheapest `resist` takes for so many passes.
+
+    Returns:
+        no lines where no `resist` was measured.
+    """
+    ways = measured_ways(records)
+    points = [[(of, each.mean) for each in runs if (of := each.measured)] for runs in ways]
+    ours = [of for runs in points for of, _ in runs if _is_measure(of, passes)]
     if not ours:
         return []
     head = ["way", *(name for name, _ in costs)]
     rows = [[f"`{runs[0].any.arm}`"] for runs in ways]
     for _, cost in costs:
-        given = min(cost(each.any) for each in ours)
-        for row, runs in zip(rows, ways, strict=True):
-            row.append(_at([(cost(each.any), each.mean) for each in runs], given))
+        given = min(map(cost, ours))
+        for row, runs in zip(rows, points, strict=True):
+            row.append(_at([(cost(of), mean) for of, mean in runs], given))
     return _table(head, rows)
+
+
+def measured_ways(records: Sequence[Record]) -> list[list[Runs]]:
+    """Ways of which something was measured, at their rates; without what was not."""
+    ways = [[each for each in runs if each.measured] for runs in by_accuracy(records)]
+    return [runs for runs in ways if runs]
 
 
 def _is_measure(record: Record, passes: float) -> bool:
@@ -131,7 +143,7 @@ def rates(records: Sequence[Record]) -> list[str]:
     """A row a way, a column a rate: accuracy at the number of passes for which most were tried."""
     tried = sorted({record.lr for record in records})
     rows = []
-    for runs in _all(records):
+    for runs in grouped(records).values():
         by_length: dict[float, list[Runs]] = {}
         for each in runs:
             by_length.setdefault(each.any.passes, []).append(each)
@@ -141,13 +153,9 @@ def rates(records: Sequence[Record]) -> list[str]:
     return _table(["way", *(f"rate {lr:g}" for lr in tried)], rows)
 
 
-def _all(records: Sequence[Record]) -> list[list[Runs]]:
-    return list(grouped(records).values())
-
-
-def _by_accuracy(records: Sequence[Record]) -> list[list[Runs]]:
+def by_accuracy(records: Sequence[Record]) -> list[list[Runs]]:
     """Every way's runs at its rate, the ways by the mean of their longest."""
-    ways = [chosen(runs) for runs in _all(records)]
+    ways = [chosen(runs) for runs in grouped(records).values()]
     return sorted(ways, key=lambda runs: -runs[-1].mean)
 
 
