@@ -143,7 +143,8 @@ class Trainer:
             NotFiniteError: a worker met NaN or Inf under `--on_nan stop`.
         """
         net = self.net
-        behind = sum(self._steps_behind(r) > 0 for r in range(self.start.position.round, self.rounds))
+        left = range(self.start.position.round, self.rounds) if self.comm.rank == 0 else ()
+        behind = sum(self._steps_behind(round) > 0 for round in left)
         job = report.Job(self.config, self.comm, net.layout, net.blueprint, self.data, self.timetable, behind)
         if self.start.position.round >= self.rounds:
             if self.comm.rank == 0:

@@ -165,7 +165,7 @@ def render(plan: "Plan", given: argparse.Namespace) -> str:
             f"{mean_local_steps(config):.1f} in the mean by --schedule {config.schedule}"
         )
     tau = config.overlap_steps
-    behind = f", the exchange behind the last {tau} of them" if tau else ""
+    behind = f", shared's exchange behind the last {tau} of them" if tau else ""
     lines = [
         f"predicted for {blueprint.name}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of "
         f"P = {blueprint.pool} blocks, {blueprint.num_classes} classes, "

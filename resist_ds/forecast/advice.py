@@ -92,7 +92,7 @@ def _relative(question: Question, workers: int, slots: int, wire: Wire) -> str:
 def _for_the_link(question: Question, on_wires: list[Prediction], batch: int) -> list[Advice]:
     """The wire and ℓ: the exact wire, unless rounds must then be rarer than `OFTEN`.
 
-    No overlap: whether it costs accuracy depends on the training, and this chooses by bytes alone.
+    No overlap: what it costs in accuracy (RESULTS) is no question of bytes or time.
 
     Args:
         on_wires: what was chosen so far, on each wire that may be.

@@ -62,7 +62,7 @@ def _kept(layout: StateLayout, workers: int, config: Config, device: Device) -> 
     tensors = []
     if config.wire == "compact" and workers > 1:  # the reference and the errors, float32
         tensors += [4 * layout.shared.matrices] * 2
-    if config.overlap_steps:  # of shared what takes part, and once more what was sent
+    if config.overlap_steps and workers > 1:  # of shared what takes part, and once more what was sent
         sent = layout.shared.exchanged(config.optimizer_state == "travel")
         tensors += [layout.shared.numel * itemsize(config), sent * itemsize(config)]
     return sum(map(pinned_bytes, tensors) if device == "cuda" else tensors)

@@ -3,7 +3,7 @@
 τ steps before the end a copy of each worker's shared part takes part in it, and the worker goes on training.
 At the end what the others have found is added to where it is now: `v += new − sent`; so nothing that was
 learnt is lost. (Streaming DiLoCo, arXiv 2501.18512, lets an exchange take some steps.) Pool blocks, which go
-to another worker, are synchronised when all steps are done: they are the smaller part of what travels.
+to another worker, are synchronised when all steps are done; of `resist` they are the smaller part.
 
 The copies live in host memory, pinned where a GPU is used; there the thread queues on a stream of its own.
 While it runs nobody else may communicate.
@@ -22,7 +22,7 @@ from resist_ds.errors import LostRankError, RunError
 from resist_ds.memory import host_bytes, one_line_when_out
 from resist_ds.nets.subnet import StateLayout
 from resist_ds.protocol.partition import Partition
-from resist_ds.protocol.sync import MEAN_CHUNK, Synchroniser
+from resist_ds.protocol.sync import Synchroniser
 
 NOT_NEGATIVE = "exp_avg_sq"  # of an optimizer's state: what adding a difference must not spoil
 
@@ -160,8 +160,9 @@ class Overlap:
 
     def _add(self, vector: Tensor, new: Tensor, sent: Tensor | None) -> None:
         """Add what was found to where a worker's shared part is now; without `sent` take it as it is."""
-        for lo in range(0, self._length, MEAN_CHUNK):
-            part, found = vector[lo : min(lo + MEAN_CHUNK, self._length)], new[lo : lo + MEAN_CHUNK]
+        chunk = self._sync.chunk
+        for lo in range(0, self._length, chunk):
+            part, found = vector[lo : min(lo + chunk, self._length)], new[lo : lo + chunk]
             if sent is None:
                 part.copy_(found[: len(part)], non_blocking=True)
             else:

@@ -54,6 +54,7 @@ class Synchroniser:
 
     Attributes:
         blocks, shared: the groups of pieces of each, which together are synchronised.
+        chunk: elements that are averaged at a time.
         differences: what the compact wire keeps of shared; None on the exact one, and for a single worker.
     """
 
@@ -74,8 +75,8 @@ class Synchroniser:
         # A GPU's copies should be long: 4 MiB of float32. Its sums and berth take at most 16 bytes an
         # element, and a quarter of the budget.
         on_gpu = comm.device.type == "cuda"
-        self._chunk = min(1 << 20, budget // 64) if on_gpu else MEAN_CHUNK
-        self.budget = budget - 16 * self._chunk if on_gpu else budget
+        self.chunk = min(1 << 20, budget // 64) if on_gpu else MEAN_CHUNK
+        self.budget = budget - 16 * self.chunk if on_gpu else budget
         self._mine = layout.workers_of(comm.rank)
         self._transit = torch.empty(0)
         self._block_length = state.block.exchanged(travel)
@@ -139,7 +140,7 @@ class Synchroniser:
                             for w in of
                         ]
                         out = group.slice(vectors[owner], piece, owner, now, lo, hi)
-                        _mean(values, out, self.comm.device, self._chunk)
+                        _mean(values, out, self.comm.device, self.chunk)
         self._settle(vectors)
 
     def hand_off(

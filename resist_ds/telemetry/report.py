@@ -93,7 +93,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
         f"{_count(job.timetable.rounds, 'round')} of {_length(job.timetable)} × "
         f"{_count(config.batch_size, 'image')} per worker",
     ]
-    if config.overlap_steps:
+    if config.overlap_steps and workers > 1:
         last, left = _count(config.overlap_steps, "local step"), job.timetable.rounds - start.position.round
         lines.append(
             f"shared is exchanged behind the last {last} of {job.behind} of {_count(left, 'round')}: "

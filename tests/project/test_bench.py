@@ -1,5 +1,6 @@
 """tools/bench.py: figures come from the runs' records, links are slow, and nothing is left behind."""
 
+import copy
 import json
 import os
 import re
@@ -214,6 +215,21 @@ def test_a_variant_says_what_travels_and_when() -> None:
     # A round more, behind whose steps nothing hides, since an evaluation follows.
     assert [v.config.rounds for v in found] == [3, 2, 2, 2]
     assert [counted.measured_rounds(v.config) for v in found] == [range(1, 2)] * 4
+
+
+@ranks_needed
+def test_the_limit_of_an_overlap_hides_shared_alone(compared: SimpleNamespace) -> None:
+    raw = copy.deepcopy(compared.raw)
+    run = next(run for run in raw["runs"] if run["strategy"] == "resist")
+    of = raw["facts"]["strategies"]
+    assert 0.1 < of["resist"]["blocks_share"] < 0.9 and of["ddp"]["blocks_share"] == 0
+    run["bare"] |= {"loop": 1.0, "messages": 10.0, "all_reduce": 20.0}
+    of["resist"]["blocks_share"] = 0.25
+    for steps, waited in ((0, 10), (1, 9), (7, 3), (8, 2.5), (20, 2.5)):
+        raw["variants"]["resist"]["options"]["overlap_steps"] = steps
+        images = raw["workers"] * 2 * run["steps"]
+        limit = tables.limit_of(raw, run, "samples_per_s")
+        assert limit == pytest.approx(images / (run["steps"] + waited)), steps
 
 
 def test_names_of_variants_are_good_for_files() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from resist_ds.comm import Comm
+from resist_ds.forecast.traffic import sent_per_round
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import OptimizerState, StateLayout
 from resist_ds.options.config import Config
@@ -27,7 +28,8 @@ def facts(comm: Comm, configs: Mapping[str, Sequence[Config]]) -> dict[str, Any]
 
     Returns:
         "pool", "parameters", and in "strategies" of each "slots", "parameters", "multiply_add_share" (of the
-        full net's), "held_bytes" (`held_bytes`) and "moved_bytes" (`moved_bytes`, of each repeat).
+        full net's), "held_bytes" (`held_bytes`), "moved_bytes" (`moved_bytes`, of each repeat) and
+        "blocks_share" (of those, that of pool blocks, which no local steps hide).
     """
     config = next(iter(configs.values()))[0]
     blueprint = Blueprint(config.model, CLASSES)
@@ -45,6 +47,7 @@ def facts(comm: Comm, configs: Mapping[str, Sequence[Config]]) -> dict[str, Any]
             "multiply_add_share": multiply_adds(blueprint, slots, config) / full,
             "held_bytes": held_bytes(blueprint, config, slots),
             "moved_bytes": [moved_bytes(blueprint, config) for config in repeats],
+            "blocks_share": blocks_share(blueprint, config),
         }
     return {"pool": blueprint.pool, "parameters": blueprint.parameters, "strategies": found}
 
@@ -87,6 +90,15 @@ def moved_bytes(blueprint: Blueprint, config: Config) -> int:
     ]
     alone = Layout(workers, workers)
     return round(fmean(bytes_sent(groups, now, then, alone, itemsize) for now, then in pairwise(deals)))
+
+
+def blocks_share(blueprint: Blueprint, config: Config) -> float:
+    """Of what is averaged once a round the share that pool blocks are, in bytes; 0 where nothing is."""
+    assert config.workers is not None
+    if not config.way.averages or config.workers == 1:
+        return 0.0
+    asked = blueprint, config, config.workers, config.least_blocks(blueprint.pool)
+    return sent_per_round(*asked, blocks_alone=True) / sent_per_round(*asked)
 
 
 def measured_rounds(config: Config) -> range:

@@ -109,8 +109,10 @@ def limit_of(raw: Raw, run: Raw, key: str) -> float | None:
     options, moved = variant["options"], facts["moved_bytes"][run["repeat"]]
     images = raw["workers"] * options["batch_size"] * steps
     if variant["once_a_round"]:
+        blocks = facts["blocks_share"] * exchange_of(run)  # they follow when all steps are done
         hidden = options["overlap_steps"] * loop  # of a rank's last worker: then its exchange begins
-        seconds = steps * raw["workers_a_rank"] * loop + max(0.0, exchange_of(run) - hidden)
+        exposed = blocks + max(0.0, exchange_of(run) - blocks - hidden)
+        seconds = steps * raw["workers_a_rank"] * loop + exposed
     else:
         seconds = steps * max(loop, exchange_of(run))  # one may hide behind the other
     limits: dict[str, float | None] = {
