@@ -135,7 +135,7 @@ def test_what_is_typed_for_all_is_not_for_every_strategy() -> None:
 
 def test_a_fixed_rate_needs_no_grid_and_shares_its_runs() -> None:
     asked = design("resist:lr=0.2", lengths=(5.0,))
-    assert [(t.lr, t.seed) for t in due(asked, [])] == [(0.2, 0)]
+    assert [(t.lr, t.seed) for t in due(asked, [])] == [(0.2, 0), (0.2, 1)]
     done = [ended(trial, 0.5) for trial in due(design("resist"), [])]
     assert [(t.lr, t.seed) for t in due(asked, done)] == [(0.2, 1)]  # seed 0 was of the grid
 

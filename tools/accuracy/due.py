@@ -50,12 +50,14 @@ def due(design: Design, records: Iterable[Record]) -> list[Trial]:
     tuning: list[Trial] = []
     later: list[tuple[int, int, Trial]] = []
     for arm in design.arms:
-        tried = _grid(design, arm, accuracy)
-        lacking = [t for t in tried if t.key(design) not in accuracy]
-        if lacking:
-            tuning += lacking
-            continue
-        lr = _best(design, tried, accuracy).lr
+        lr = arm.lr
+        if lr is None:
+            tried = _grid(design, arm, accuracy)
+            lacking = [t for t in tried if t.key(design) not in accuracy]
+            if lacking:
+                tuning += lacking
+                continue
+            lr = _best(design, tried, accuracy).lr
         for place, seed in enumerate(design.seeds):
             for length, passes in enumerate(design.lengths):
                 trial = Trial(arm, lr, passes, seed)
@@ -71,8 +73,6 @@ def _value(record: Record) -> float:
 
 def _grid(design: Design, arm: Arm, accuracy: dict[tuple[object, ...], float]) -> list[Trial]:
     """The runs that decide on an arm's rate, as far as those that were made say."""
-    if arm.lr is not None:
-        return [Trial(arm, arm.lr, design.lengths[0], design.seeds[0])]
     rates: Sequence[float] = design.rates
     for _ in range(BEYOND):
         tried = [Trial(arm, lr, design.lengths[0], design.seeds[0]) for lr in rates]
