@@ -271,3 +271,25 @@ def test_a_study_goes_on_and_reports_its_runs(images: Path, tmp_path: Path) -> N
 
     again = study(*what, "--arms=resist,resist:workers=2")  # nothing is missing, by whatever name
     assert again.returncode == 0 and "seed3-" not in again.stdout and row in again.stdout
+
+
+def test_published_figures_are_those_of_the_published_records() -> None:
+    found = records.load(ROOT / "docs" / "study.jsonl")
+    text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    table = text.partition("## The compact wire: time and accuracy")[2].partition("\n## ")[0]
+    nets = ("preact_resnet_small", "preact_resnet101_narrow")
+    for row in (
+        line for line in table.splitlines() if line.startswith(("| exact", "| `--wire", "| compact"))
+    ):
+        what, *cells = (cell.strip() for cell in row.strip("| ").split("|"))
+        wire, overlap = "exact" if "exact" in what else "compact", "2" if "overlap" in what else "0"
+        for net, cell in zip(nets, cells, strict=True):
+            runs = [
+                record
+                for record in found
+                if (record.options["model"], record.lr, record.passes) == (net, 0.4, 5)
+                and record.options["strategy"] == "resist"
+                and record.options.get("wire", "exact") == wire
+                and record.options.get("overlap_steps", "0") == overlap
+            ]
+            assert cell == (tables.Runs(tuple(runs)).cell.removesuffix(" (3)") if runs else "–"), row
