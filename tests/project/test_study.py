@@ -278,9 +278,9 @@ def test_published_figures_are_those_of_the_published_records() -> None:
     text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
     table = text.partition("## The compact wire: time and accuracy")[2].partition("\n## ")[0]
     nets = ("preact_resnet_small", "preact_resnet101_narrow")
-    for row in (
-        line for line in table.splitlines() if line.startswith(("| exact", "| `--wire", "| compact"))
-    ):
+    rows = [row for row in table.splitlines() if row.startswith(("| exact", "| `--wire", "| compact"))]
+    assert len(rows) == 4
+    for row in rows:
         what, *cells = (cell.strip() for cell in row.strip("| ").split("|"))
         wire, overlap = "exact" if "exact" in what else "compact", "2" if "overlap" in what else "0"
         for net, cell in zip(nets, cells, strict=True):
