@@ -273,9 +273,9 @@ def _notes(raw: Raw) -> list[str]:
     )
     notes = [
         "speed: images of all workers over the seconds from the end of one round to that of another (of a "
-        "single round: over local steps and synchronisation of the slowest rank); its limit is a bare loop over "
-        "a plain net of the strategy's shape, on all ranks at once, then the bare exchange of the same bytes "
-        "(where gradients are averaged at every step: the longer of the two)",
+        "single round: over local steps and synchronisation of the slowest rank); its limit is a bare loop "
+        "over a plain net of the strategy's shape, on all ranks at once, then the bare exchange of the same "
+        "bytes (where gradients are averaged at every step: the longer of the two)",
         f"{memory}; of the largest rank. The limit is parameters, gradients and optimizer state alone",
         "bytes between ranks as in the runs' ledgers; their limit is a ring all-reduce of what is averaged, "
         "and of partitioned blocks a direct hand-off",
