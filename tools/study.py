@@ -31,6 +31,8 @@ from resist_ds.options.command_line import parse
 from tools.accuracy import arms, records, tables
 from tools.accuracy.due import Design
 from tools.accuracy.runs import Place, run_all
+from tools.benchmark.variants import typed, word
+from tools.plan import Parser
 
 if TYPE_CHECKING:
     from tools.accuracy.costs import Device
@@ -47,22 +49,6 @@ STUDY = {
     "lr_warmup_steps": "20",
     "channels_last": "true",
 }
-INCIDENTAL = {
-    "data_workers": "0",
-    "cpu_threads": "1",
-    "checkpoint_every": "0",
-    "keep": "1",
-    "eval_every": "0",
-    "log_with": "none",
-    "progress": "false",
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for a wrong call."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(message)
 
 
 def main() -> int:
@@ -85,9 +71,7 @@ def main() -> int:
     parser.add_argument("--flops", default="20tflops", help="that a device sustains, for times [20tflops]")
     try:
         given, others = parser.parse_known_args()
-        place = Place(
-            given.output_dir, given.data_dir, given.records or given.output_dir / "records.jsonl", INCIDENTAL
-        )
+        place = Place(given.output_dir, given.data_dir, given.records or given.output_dir / "records.jsonl")
         design = None if given.report else design_of(given, others)
         devices = devices_of(given)
         if design is not None:
@@ -114,15 +98,14 @@ def design_of(given: argparse.Namespace, others: list[str]) -> Design:
     names = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     for name in sorted(names & {"lr", "epochs", "rounds", "seed"}):
         raise UserError(f"--{name} is every arm's own: type --rates, --passes or --seeds")
-    for name in sorted(names & {*INCIDENTAL, "config", "resume", "dataset"}):
+    for name in sorted(names & {*records.BESIDE, "config", "resume", "dataset"}):
         raise UserError(f"--{name} is the study's own: leave it out")
-    typed = [*(f"--{name}={value}" for name, value in STUDY.items()), *others]
-    config = parse([*typed, f"--data_dir={given.data_dir}"])
+    config = parse([*typed(STUDY), *others, f"--data_dir={given.data_dir}"])
     if not given.data_dir.is_dir():
         raise UserError(f"--data_dir {given.data_dir}: no such folder")
     if given.jobs < 1:
         raise UserError(f"--jobs is {given.jobs}: type a number from 1")
-    study = STUDY | {name: arms.typed_word(getattr(config, name)) for name in sorted(names)}
+    study = STUDY | {name: word(getattr(config, name)) for name in sorted(names)}
     from resist_ds.nets.blueprint import Blueprint  # after a mistake is answered
 
     seeds = numbers("--seeds", given.seeds, least=0)

@@ -22,12 +22,7 @@ from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import OptimizerState, PartLayout, StateLayout
 from resist_ds.options.config import Config
 from resist_ds.protocol import sync
-from resist_ds.protocol.partition import (
-    Layout,
-    Partition,
-    chunk_bounds,
-    sample_partition,
-)
+from resist_ds.protocol.partition import Layout, Partition, chunk_bounds, sample_partition
 from resist_ds.protocol.pieces import bytes_sent, exact_groups, groups_of
 from resist_ds.protocol.sync import Synchroniser
 from resist_ds.telemetry.records import Telemetry

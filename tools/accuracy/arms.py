@@ -1,6 +1,5 @@
 """What is compared: an arm is a strategy and the options in which it differs from the study's."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from resist_ds.errors import UserError
 from resist_ds.options.command_line import parse
 from resist_ds.options.config import Config
 from resist_ds.options.strategy import STRATEGIES, Strategy
+from tools.benchmark.variants import typed, word
 
 ROUNDS = ("5", "10", "20", "50")  # local steps in them
 WORKERS = ("2", "4", "8")
@@ -93,7 +93,7 @@ def read(text: str, study: Mapping[str, str], pool: int) -> Arm:
     )
     for name, has in HAVE.items():  # what is typed for all, and not for this one
         if name in study and name not in options and not has(STRATEGIES[strategy]):
-            options[name] = typed_word(Config.default(name))
+            options[name] = word(Config.default(name))
     if strategy in ("ddp", "stochastic_depth"):
         options["workers"] = "1"
     if strategy == "ddp" and workers > 1:
@@ -102,15 +102,10 @@ def read(text: str, study: Mapping[str, str], pool: int) -> Arm:
         options["min_blocks"] = str(-(-pool // workers))
     options["strategy"] = strategy
     try:
-        parse([f"--{name}={value}" for name, value in {**study, "dataset": "synthetic", **options}.items()])
+        parse(typed({**study, "dataset": "synthetic", **options}))
     except UserError as error:
         raise UserError(f"--arms {text}: {error}") from None
     return Arm(text, options, workers)
-
-
-def typed_word(value: object) -> str:
-    """An option's value as it is typed."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _number(text: str, name: str, value: object) -> int:

@@ -9,6 +9,7 @@ from resist_ds.options.command_line import parse
 from resist_ds.options.config import Config
 from tools.accuracy.records import Record
 from tools.benchmark.counted import CLASSES, multiply_adds
+from tools.benchmark.variants import typed
 
 # A narrow net stands for one that nobody can train on a CPU: its time is that one's, at that one's size.
 STANDS_FOR = {"preact_resnet101_narrow": ("preact_resnet101", 32)}
@@ -50,11 +51,17 @@ def seconds(record: Record, device: Device) -> float:
         return steps * step
     least = blueprint.pool if config.strategy == "local_sgd" else config.min_blocks
     exchange, front = (
-        sent_per_round(blueprint, config, workers, least, blocks_alone=alone) / workers / device.bandwidth
+        _sent(config.model, config, workers, least, alone) / workers / device.bandwidth
         for alone in (False, True)
     )
     hidden = min(exchange - front, config.overlap_steps * step)
     return steps * step + rounds * (exchange - hidden)
+
+
+@cache
+def _parsed(*words: str) -> Config:
+    """Options that were typed; reading them takes a tenth of a second, and every cost asks."""
+    return parse(words)
 
 
 @cache
@@ -71,7 +78,7 @@ def _net(record: Record, *, stands_for: bool) -> tuple[Config, Blueprint]:
     if stands_for and options["model"] in STANDS_FOR:
         model, size = STANDS_FOR[options["model"]]
         options |= {"model": model, "img_size": str(size)}
-    config = parse([f"--{name}={value}" for name, value in options.items()])
+    config = _parsed(*typed(options))
     return config, _blueprint(config.model)
 
 
@@ -83,11 +90,16 @@ def _slots(record: Record, blueprint: Blueprint) -> int:
 
 
 @cache
+def _sent(model: str, config: Config, workers: int, least: int, blocks_alone: bool) -> float:
+    """Bytes of a round, by all ranks."""
+    return sent_per_round(_blueprint(model), config, workers, least, blocks_alone=blocks_alone)
+
+
+@cache
 def _counted(model: str, slots: int, batch: int, size: int) -> int:
     config = parse([f"--model={model}", f"--batch_size={batch}", f"--img_size={size}"])
-    return (
-        multiply_adds(_blueprint(model), slots, config) // 2
-    )  # torch counts a multiplication and an addition
+    # Torch counts a multiplication and an addition.
+    return multiply_adds(_blueprint(model), slots, config) // 2
 
 
 def _work(config: Config, blueprint: Blueprint, slots: int) -> int:

@@ -11,11 +11,17 @@ from typing import Any
 
 from resist_ds.errors import UserError
 
-# Options that say where and beside what a run took place, and nothing of what it learns.
-INCIDENTAL = (
-    *("data_dir", "output_dir", "resume", "cpu_threads", "data_workers", "checkpoint_every", "keep"),
-    *("eval_every", "log_with", "progress"),
-)
+# Options that say where and beside what a run takes place, and nothing of what it learns; what they are.
+BESIDE = {
+    "data_workers": "0",
+    "cpu_threads": "1",
+    "checkpoint_every": "0",
+    "keep": "1",
+    "eval_every": "0",
+    "log_with": "none",
+    "progress": "false",
+}
+INCIDENTAL = ("data_dir", "output_dir", "resume", *BESIDE)
 VARIED = ("lr", "epochs", "seed")
 
 

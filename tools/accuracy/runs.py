@@ -13,7 +13,8 @@ from pathlib import Path
 from resist_ds.errors import NotFiniteError
 from resist_ds.telemetry.figures import Run, read
 from tools.accuracy.due import Design, Trial, due
-from tools.accuracy.records import Record, append, load, telling
+from tools.accuracy.records import BESIDE, Record, append, load, telling
+from tools.benchmark.variants import typed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -24,13 +25,11 @@ class Place:
 
     Attributes:
         folder: of the runs; data: of the images; records: what is written when one has ended.
-        incidental: options of all runs that say nothing of what they learn.
     """
 
     folder: Path
     data: Path
     records: Path
-    incidental: dict[str, str]
 
 
 def run_all(design: Design, place: Place, jobs: int, say: Callable[[str], None]) -> None:
@@ -73,8 +72,8 @@ def _run(trial: Trial, design: Design, place: Place) -> Record:
     folder = place.folder / name
     options = {**design.study, **trial.arm.options}
     options |= {"lr": f"{trial.lr:g}", "epochs": f"{trial.passes:g}", "seed": str(trial.seed)}
-    typed = {**options, **place.incidental, "data_dir": str(place.data), "output_dir": str(folder)}
-    command = [sys.executable, str(ROOT / "train.py"), *(f"--{n}={value}" for n, value in typed.items())]
+    given = {**options, **BESIDE, "data_dir": str(place.data), "output_dir": str(folder)}
+    command = [sys.executable, str(ROOT / "train.py"), *typed(given)]
     log = place.folder / f"{name}.log"
     with log.open("w") as file:
         code = subprocess.run(

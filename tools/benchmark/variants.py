@@ -163,8 +163,12 @@ def _with(config: Config, options: Sequence[str]) -> Config:
 
 def typed(options: dict[str, Any]) -> list[str]:
     """Options as they are typed to train.py."""
-    words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
-    return [f"--{name}={word}" for name, word in words.items()]
+    return [f"--{name}={word(value)}" for name, value in options.items()]
+
+
+def word(value: object) -> str:
+    """An option's value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def of_strategy(config: Config, strategy: str) -> Config:
