@@ -417,14 +417,29 @@ def test_help_is_quick_and_loads_no_torch():
     assert done.stdout.startswith("usage: train.py") and done.stdout.rstrip().endswith("[]")
 
 
-@pytest.mark.parametrize("name", ["demo", "cifar10", "cifar100", "imagenet"])
+TRAIN = ("demo", "cifar10", "cifar100", "imagenet", "paper_cifar10", "paper_cifar100", "paper_imagenet")
+
+
+@pytest.mark.parametrize("name", TRAIN)
 def test_presets(name):
     path = ROOT / "ds_configs" / f"{name}.yaml"
     config = parse(["--config", str(path)])
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert given and all(getattr(config, option) == value for option, value in given.items())
     assert config.output_dir == f"runs/{name}"
-    assert config.dataset == ("digits" if name == "demo" else name)
+    assert config.dataset == ("digits" if name == "demo" else name.removeprefix("paper_"))
+
+
+def test_the_paper_s_own_settings_stay():
+    """PAPER: hyper-parameters of the authors' release, and ℓ = 50 after warm-up rounds for ImageNet."""
+    for name, lr in (("paper_cifar10", 0.01), ("paper_cifar100", 0.03)):
+        config = parse(["--config", name])
+        assert config.model == "preact_resnet101" and config.epochs == 160 and config.lr == lr
+        assert (config.batch_size, config.momentum, config.weight_decay) == (128, 0.9, 5e-4)
+        assert (config.local_steps, config.optimizer_state, config.schedule) == (50, "reset", "step")
+        assert (config.wire, config.min_blocks, config.overlap_steps) == ("exact", 0, 0)
+    config = parse(["--config", "paper_imagenet"])
+    assert config.local_steps == 50 and config.warmup_rounds > 0 and config.wire == "exact"
 
 
 def test_a_preset_is_found_by_its_name(tmp_path, monkeypatch):
@@ -439,7 +454,7 @@ def test_a_preset_is_found_by_its_name(tmp_path, monkeypatch):
 def test_every_preset_is_known_here():
     names = {path.stem for path in (ROOT / "ds_configs").glob("*.yaml")}
     launches = {"accelerate_cpu", "accelerate_one_node", "accelerate_two_nodes"}  # see test_multi_node.py
-    assert names == {"demo", "cifar10", "cifar100", "imagenet", *launches}
+    assert names == {*TRAIN, *launches}
 
 
 @pytest.mark.parametrize("name", ["accelerate_cpu", "accelerate_one_node"])

@@ -67,11 +67,16 @@ def folder_of(trial: Trial, design: Design) -> str:
     return f"{arm}-lr{trial.lr:g}-passes{trial.passes:g}-seed{trial.seed}-{study}"
 
 
+def options_of(trial: Trial, design: Design) -> dict[str, str]:
+    """All that a run learns by, as it is typed."""
+    options = {**design.study, **trial.arm.options}
+    return options | {"lr": f"{trial.lr:g}", "epochs": f"{trial.passes:g}", "seed": str(trial.seed)}
+
+
 def _run(trial: Trial, design: Design, place: Place) -> Record:
     name = folder_of(trial, design)
     folder = place.folder / name
-    options = {**design.study, **trial.arm.options}
-    options |= {"lr": f"{trial.lr:g}", "epochs": f"{trial.passes:g}", "seed": str(trial.seed)}
+    options = options_of(trial, design)
     given = {**options, **BESIDE, "data_dir": str(place.data), "output_dir": str(folder)}
     command = [sys.executable, str(ROOT / "train.py"), *typed(given)]
     log = place.folder / f"{name}.log"
