@@ -15,8 +15,9 @@
 #   memory    peaks of every strategy beside the prediction, and the deepest net in 20 GiB, measured and predicted
 #   demo      tools/demo.py: four sub-ResNets against one net, on handwritten digits
 #   bench     what a synchronisation, a checkpoint and the delivery of batches cost; strategies side by side
-#   accuracy  preact_resnet101 on CIFAR-10, W = 4 and one net with the batches of all, as many images each;
-#             --data_dir names the folder of images, EPOCHS the passes (default: 10)
+#   accuracy  preact_resnet101 on CIFAR-10, W = 4 and one net with the batches of all, as many images each and a
+#             rate of its own each (tools/study.py); --data_dir names the folder of images, EPOCHS the passes
+#             (default: 3). What has ended is in OUT/accuracy.jsonl: the same part again goes on
 #
 # Without PART: all of them, in this order, but for accuracy where --data_dir is not typed. -o: the folder of
 # results (default: runs/gpu_day), a file per part and summary.txt with a line per part. --dry-run prints the
@@ -171,16 +172,11 @@ bench() {
     --mixed_precision bf16 --channels_last true --repeats 3 --output_dir "$out/bench/data-224"
 }
 
-accuracy() { # EPOCHS of them, as many images for both; what does not come to its end has its records so far
-  local net folder=$out/accuracy
-  net=(--dataset imagefolder --data_dir "$data" --img_size 32 --model preact_resnet101 --mixed_precision bf16)
-  net+=(--channels_last true --compile true --lr 0.1 --schedule cosine --lr_warmup_steps 200 --epochs "${EPOCHS:-10}")
-  net+=(--eval_every 10 --checkpoint_every 50 --log_with none --progress false)
-  train 1 "${net[@]}" --workers 4 --local_steps 10 --output_dir "$folder/resist"
-  step resist "${command[@]}"
-  train 1 "${net[@]}" --strategy ddp --batch_size 512 --accumulation_steps 4 --local_steps 10 \
-    --output_dir "$folder/one-net"
-  step one-net "${command[@]}"
+accuracy() { # their rates first; a run that has ended is not repeated when the part is, whatever OUT/accuracy held
+  STEP_SECONDS=$PART_SECONDS step study "$PYTHON" tools/study.py --data_dir "$data" --records "$out/accuracy.jsonl" \
+    --output_dir "$out/accuracy" --model preact_resnet101 --img_size 32 --batch_size 128 --mixed_precision bf16 \
+    --compile true --lr_warmup_steps 100 --arms resist:wire=compact,ddp --rates 0.1,0.2,0.4 \
+    --passes "${EPOCHS:-3}" --seeds 0
 }
 
 # ----------------------------------------------------------------------------------------------------------

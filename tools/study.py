@@ -18,7 +18,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +51,8 @@ STUDY = {
 }
 
 
-def main() -> int:
+def asked(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This tool's own options, and those that go to every run; raises `UserError`."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -69,8 +70,12 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what is recorded")
     parser.add_argument("--links", default="1gbit,10gbit,100gbit,2tbit", help="[1gbit,10gbit,100gbit,2tbit]")
     parser.add_argument("--flops", default="20tflops", help="that a device sustains, for times [20tflops]")
+    return parser.parse_known_args(words)
+
+
+def main() -> int:
     try:
-        given, others = parser.parse_known_args()
+        given, others = asked(sys.argv[1:])
         place = Place(given.output_dir, given.data_dir, given.records or given.output_dir / "records.jsonl")
         design = None if given.report else design_of(given, others)
         devices = devices_of(given)

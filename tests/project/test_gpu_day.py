@@ -12,8 +12,10 @@ import pytest
 from resist_ds.options.command_line import parse
 from resist_ds.options.strategy import STRATEGIES
 from tests import ROOT
-from tools import deepest
+from tools import deepest, study
+from tools.accuracy import arms
 from tools.benchmark.asked import read
+from tools.benchmark.variants import typed
 
 SCRIPT = ROOT / "tools" / "gpu_day.sh"
 PARTS = ["smoke", "suite", "speed", "speed224", "memory", "demo", "bench", "accuracy"]
@@ -55,6 +57,12 @@ def test_every_option_that_it_types_is_one(words: tuple[str, ...]) -> None:
             read(options, "")
         elif name == "tools/deepest.py":
             deepest.parse(options)
+        elif name == "tools/study.py":
+            given, others = study.asked(options)
+            config = parse([*typed(study.STUDY), *others, f"--data_dir={given.data_dir}"])
+            ways = arms.read_all(given.arms, study.STUDY, pool=22)
+            assert [way.options["strategy"] for way in ways] == ["resist", "ddp"]
+            assert (config.model, config.mixed_precision) == ("preact_resnet101", "bf16")
         elif name == "pytest":
             assert all((ROOT / word).exists() for word in options if word.startswith("tests"))
     assert strategies == set(STRATEGIES)
