@@ -182,7 +182,8 @@ def report(path: Path, devices: Mapping[str, "Device"], picture: Path | None) ->
 
             place = picture if number == 1 else picture.with_stem(f"{picture.stem}-{number}")
             place.parent.mkdir(parents=True, exist_ok=True)
-            drawn(runs, [passes, work, *times]).savefig(place, dpi=110)
+            of = {"Description": records.fingerprint(runs)} if place.suffix == ".png" else None
+            drawn(runs, [passes, work, *times]).savefig(place, dpi=110, metadata=of)
     return "\n".join(lines)
 
 

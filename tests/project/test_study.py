@@ -296,7 +296,18 @@ def test_published_figures_are_those_of_the_published_records() -> None:
                 if (record.options["model"], record.lr, record.passes) == (net, 0.4, 5)
                 and record.options["strategy"] == "resist"
                 and differs(record) <= {"wire", "overlap_steps"}
+                and ("mixed_precision" in record.options) == net.endswith("narrow")
                 and record.options.get("wire", "exact") == wire
                 and record.options.get("overlap_steps", "0") == overlap
             ]
             assert cell == (tables.Runs(tuple(runs)).cell.removesuffix(" (3)") if runs else "–"), row
+
+
+def test_the_published_report_and_picture_are_those_of_the_published_records() -> None:
+    """`python tools/study.py --report --records docs/study.jsonl --picture FILE`, as docs/study.md says."""
+    done = study("--report", "--records", ROOT / "docs" / "study.jsonl")
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert done.returncode == 0 and text.partition("\n### ")[2] == done.stdout.partition("### ")[2]
+    found = records.by_study(records.load(ROOT / "docs" / "study.jsonl")).values()
+    with Image.open(ROOT / "docs" / "accuracy.png") as picture:
+        assert picture.info["Description"] in {records.fingerprint(runs) for runs in found}

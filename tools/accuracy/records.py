@@ -3,6 +3,7 @@
 The file may be kept where run folders are not, and taken elsewhere: a run whose line is there is done.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -90,6 +91,12 @@ def load(path: Path) -> list[Record]:
                 f"{path}, line {number}, is no record of the study: mend it or take it out"
             ) from None
     return list(found.values())
+
+
+def fingerprint(found: Iterable[Record]) -> str:
+    """What a picture or table carries of the records that it was made from."""
+    lines = sorted(json.dumps(asdict(record), sort_keys=True) for record in found)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def append(path: Path, record: Record) -> None:
