@@ -102,7 +102,7 @@ def design_of(given: argparse.Namespace, others: list[str]) -> Design:
         raise UserError("type --data_dir FOLDER, of images to train on (train/ and test/)")
     names = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     for name in sorted(names & {"lr", "epochs", "rounds", "seed"}):
-        raise UserError(f"--{name} is every arm's own: type --rates, --passes or --seeds")
+        raise UserError(f"--{name} is every arm's own: see --help for rates, passes and seeds")
     for name in sorted(names & {*records.BESIDE, "config", "resume", "dataset"}):
         raise UserError(f"--{name} is the study's own: leave it out")
     config = parse([*typed(STUDY), *others, f"--data_dir={given.data_dir}"])
@@ -138,16 +138,22 @@ def numbers(option: str, text: str, least: float = 1e-9) -> tuple[float, ...]:
 
 
 def devices_of(given: argparse.Namespace) -> dict[str, "Device"]:
-    """By link what a rank has; raises `UserError`, for what would else be found when all runs are done."""
+    """By link what a rank has; raises `UserError`."""
     from tools.accuracy.costs import Device
 
-    if given.picture is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UserError("--picture needs matplotlib: pip install 'resist-ds[plots]'")
-        if given.picture.suffix not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--picture is {given.picture}: type a name that ends in .png, .pdf or .svg")
+    check_picture(given.picture)
     speed = quantity("--flops", given.flops, SPEEDS)
     return {link: Device(speed, quantity("--links", link, BANDWIDTHS)) for link in given.links.split(",")}
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises `UserError` for what would else be found when all runs are done."""
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--picture needs matplotlib: pip install 'resist-ds[plots]'")
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--picture is {path}: type a name that ends in .png, .pdf or .svg")
 
 
 def report(path: Path, devices: Mapping[str, "Device"], picture: Path | None) -> str:
