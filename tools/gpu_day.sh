@@ -17,7 +17,8 @@
 #   bench     what a synchronisation, a checkpoint and the delivery of batches cost; strategies side by side
 #   accuracy  preact_resnet101 on CIFAR-10, W = 4 and one net with the batches of all, as many images each and a
 #             rate of its own each (tools/study.py); --data_dir names the folder of images, EPOCHS the passes
-#             (default: 3). What has ended is in OUT/accuracy.jsonl: the same part again goes on
+#             (default: 3). Runs that have ended are lines of OUT/accuracy.jsonl: the same part again makes
+#             those that are left. For other code or another GPU take the file away
 #
 # Without PART: all of them, in this order, but for accuracy where --data_dir is not typed. -o: the folder of
 # results (default: runs/gpu_day), a file per part and summary.txt with a line per part. --dry-run prints the
@@ -172,11 +173,12 @@ bench() {
     --mixed_precision bf16 --channels_last true --repeats 3 --output_dir "$out/bench/data-224"
 }
 
-accuracy() { # their rates first; a run that has ended is not repeated when the part is, whatever OUT/accuracy held
-  STEP_SECONDS=$PART_SECONDS step study "$PYTHON" tools/study.py --data_dir "$data" --records "$out/accuracy.jsonl" \
-    --output_dir "$out/accuracy" --model preact_resnet101 --img_size 32 --batch_size 128 --mixed_precision bf16 \
-    --compile true --lr_warmup_steps 100 --arms resist:wire=compact,ddp --rates 0.1,0.2,0.4 \
-    --passes "${EPOCHS:-3}" --seeds 0
+accuracy() {
+  local study=("$PYTHON" tools/study.py --records "$out/accuracy.jsonl")
+  STEP_SECONDS=520 step study "${study[@]}" --data_dir "$data" --output_dir "$out/accuracy" --model preact_resnet101 \
+    --img_size 32 --batch_size 128 --mixed_precision bf16 --compile true --lr_warmup_steps 100 \
+    --arms resist:wire=compact,ddp --rates 0.1,0.2,0.4 --passes "${EPOCHS:-3}" --seeds 0
+  step report "${study[@]}" --report
 }
 
 # ----------------------------------------------------------------------------------------------------------

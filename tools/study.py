@@ -68,6 +68,7 @@ def asked(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--report", action="store_true", help="only the tables of what is recorded")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what is recorded")
+    parser.add_argument("--only", type=int, metavar="N", help="report the N-th study of the records alone")
     parser.add_argument("--links", default="1gbit,10gbit,100gbit,2tbit", help="[1gbit,10gbit,100gbit,2tbit]")
     parser.add_argument("--flops", default="20tflops", help="that a device sustains, for times [20tflops]")
     return parser.parse_known_args(words)
@@ -81,7 +82,7 @@ def main() -> int:
         devices = devices_of(given)
         if design is not None:
             run_all(design, place, given.jobs, partial(print, flush=True))
-        print(report(place.records, devices, given.picture))
+        print(report(place.records, devices, given.picture, given.only))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -156,15 +157,21 @@ def check_picture(path: Path | None) -> None:
         raise UserError(f"--picture is {path}: type a name that ends in .png, .pdf or .svg")
 
 
-def report(path: Path, devices: Mapping[str, "Device"], picture: Path | None) -> str:
+def report(path: Path, devices: Mapping[str, "Device"], picture: Path | None, only: int | None = None) -> str:
     """The tables of all that is recorded, study by study; raises `UserError`.
 
     Args:
         picture: where to draw it; of the second study and those that follow with their numbers.
+        only: number of the one study to report, from 1.
     """
     found = records.by_study(records.load(path))
     if not found:
         raise UserError(f"{path} holds no record of a run")
+    if only is not None:
+        if not 1 <= only <= len(found):
+            raise UserError(f"--only is {only}: {path} holds studies 1 to {len(found)}")
+        name = list(found)[only - 1]
+        found = {name: found[name]}
     from tools.accuracy import costs
 
     passes = ("passes over the images", _passes)
