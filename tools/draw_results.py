@@ -86,7 +86,8 @@ def studied(found: Sequence[Record]) -> list[Bar]:
             raise ValueError(f"{RECORDS} has no run of {name}")
         best = chosen(next(iter(grouped(runs).values())))[0]
         spread = best.spread or 0.0
-        what = f"{name}\n({len(best.records)} seeds)"
+        seeds = len(best.records)
+        what = f"{name}\n({seeds} seed{'s' if seeds > 1 else ''})"
         bars.append(Bar(what, best.mean, best.mean - spread, best.mean + spread))
     return bars
 
