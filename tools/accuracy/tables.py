@@ -67,7 +67,7 @@ def chosen(runs: Sequence[Runs]) -> list[Runs]:
 def equal_images(records: Sequence[Record], share: Callable[[Record], float]) -> list[str]:
     """A row a way, a column a length."""
     lengths = sorted({record.passes for record in records})
-    head = ["way", "rate", "active", "multiply-adds", *(f"{passes:g} passes" for passes in lengths)]
+    head = ["way", "rate", "active", "multiply-adds", *(f"{n:g} pass{'es' * (n != 1)}" for n in lengths)]
     rows = []
     for runs in by_accuracy(records):
         found = {each.any.passes: each.cell for each in runs}
