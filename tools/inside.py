@@ -75,6 +75,8 @@ def run_all(given: argparse.Namespace, others: list[str]) -> None:
     """Train and look into what is asked for and not yet recorded; raises `UserError` before any of it."""
     if given.arms is None:
         raise UserError("type --arms ARM,ARM,..., as resist:lr=0.4,ddp:lr=0.8")
+    if any(word.partition("=")[0] == "--lr" for word in others):
+        raise UserError("--lr is every arm's own: type it there, as --arms resist:lr=0.4")
     design = design_of(given, others)
     if len(design.lengths) > 1 or len(design.seeds) > 1:
         raise UserError("one number of --passes and one --seed at a time")

@@ -103,7 +103,7 @@ def design_of(given: argparse.Namespace, others: list[str]) -> Design:
         raise UserError("type --data_dir FOLDER, of images to train on (train/ and test/)")
     names = {word[2:].partition("=")[0].replace("-", "_") for word in others if word.startswith("--")}
     for name in sorted(names & {"lr", "epochs", "rounds", "seed"}):
-        raise UserError(f"--{name} is every arm's own: see --help for rates, passes and seeds")
+        raise UserError(f"--{name} is every arm's own: type --rates, --passes or --seeds")
     for name in sorted(names & {*records.BESIDE, "config", "resume", "dataset"}):
         raise UserError(f"--{name} is the study's own: leave it out")
     config = parse([*typed(STUDY), *others, f"--data_dir={given.data_dir}"])

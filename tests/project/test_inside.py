@@ -144,6 +144,7 @@ def start(*words: str) -> subprocess.CompletedProcess[str]:
         ((), "--records"),
         (("--arms", "resist:lr=1"), "type --data_dir FOLDER"),
         (DIR, "type --arms ARM,ARM,..."),
+        ((*DIR, "--arms", "resist", "--lr", "1"), "--lr is every arm's own: type it there"),
         ((*DIR, "--arms", "resist"), "--arms resist: type its rate too, as resist:lr=0.4"),
         ((*DIR, "--arms", "resist:lr=1", "--seed", "0,1"), "one number of --passes and one --seed"),
         ((*DIR, "--arms", "resist:lr=1:overlap_steps=1"), "--overlap_steps cannot be looked into"),
