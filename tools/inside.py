@@ -23,8 +23,8 @@ from resist_ds.errors import RunError, UserError
 from resist_ds.nets import late
 from resist_ds.options.command_line import parse
 from tools.accuracy.due import Design, Trial
-from tools.accuracy.records import BESIDE
-from tools.accuracy.runs import folder_of, options_of
+from tools.accuracy.runs import beside, folder_of, options_of
+from tools.accuracy.tables import markdown
 from tools.benchmark.variants import typed
 from tools.plan import Parser
 from tools.study import check_picture, design_of
@@ -86,8 +86,8 @@ def run_all(given: argparse.Namespace, others: list[str]) -> None:
             raise UserError(f"--arms {arm.name}: type its rate too, as {arm.name}:lr=0.4")
         trial = Trial(arm, arm.lr, design.lengths[0], design.seeds[0])
         folder = given.output_dir / folder_of(trial, design)
-        place = {**BESIDE, "data_dir": str(given.data_dir), "output_dir": str(folder)}
-        runs.append((trial, parse(typed({**options_of(trial, design), **place}))))
+        options = beside(options_of(trial, design), given.data_dir, folder)
+        runs.append((trial, parse(typed(options))))
     from tools.accuracy.looks import check
 
     for _, config in runs:
@@ -146,7 +146,7 @@ def table(seen: list[Seen]) -> list[str]:
             cells += [f"{look[of]['train loss']:.3f}" for of in LEVELS]
             cells += [f"{100 * look[of]['test accuracy']:.1f}" for of in LEVELS]
             rows.append(cells)
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return markdown(head, rows)
 
 
 def draw(seen: list[Seen]) -> Any:

@@ -73,11 +73,16 @@ def options_of(trial: Trial, design: Design) -> dict[str, str]:
     return options | {"lr": f"{trial.lr:g}", "epochs": f"{trial.passes:g}", "seed": str(trial.seed)}
 
 
+def beside(options: dict[str, str], data: Path, folder: Path) -> dict[str, str]:
+    """These options, and where and beside what a run takes place."""
+    return {**options, **BESIDE, "data_dir": str(data), "output_dir": str(folder)}
+
+
 def _run(trial: Trial, design: Design, place: Place) -> Record:
     name = folder_of(trial, design)
     folder = place.folder / name
     options = options_of(trial, design)
-    given = {**options, **BESIDE, "data_dir": str(place.data), "output_dir": str(folder)}
+    given = beside(options, place.data, folder)
     command = [sys.executable, str(ROOT / "train.py"), *typed(given)]
     log = place.folder / f"{name}.log"
     with log.open("w") as file:

@@ -80,7 +80,7 @@ def equal_images(records: Sequence[Record], share: Callable[[Record], float]) ->
         first = runs[0].any
         row = [f"`{first.arm}`", f"{first.lr:g}", active, cost]
         rows.append([*row, *(found.get(passes, "–") for passes in lengths)])
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def equal_cost(records: Sequence[Record], costs: Sequence[tuple[str, Cost]], passes: float) -> list[str]:
@@ -100,7 +100,7 @@ def equal_cost(records: Sequence[Record], costs: Sequence[tuple[str, Cost]], pas
         given = min(map(cost, ours))
         for row, runs in zip(rows, points, strict=True):
             row.append(_at([(cost(of), mean) for of, mean in runs], given))
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def measured_ways(records: Sequence[Record]) -> list[list[Runs]]:
@@ -150,7 +150,7 @@ def rates(records: Sequence[Record]) -> list[str]:
         most = max(by_length.values(), key=len)
         found = {each.any.lr: each.cell for each in most}
         rows.append([f"`{most[0].any.arm}`", *(found.get(lr, "–") for lr in tried)])
-    return _table(["way", *(f"rate {lr:g}" for lr in tried)], rows)
+    return markdown(["way", *(f"rate {lr:g}" for lr in tried)], rows)
 
 
 def by_accuracy(records: Sequence[Record]) -> list[list[Runs]]:
@@ -159,5 +159,6 @@ def by_accuracy(records: Sequence[Record]) -> list[list[Runs]]:
     return sorted(ways, key=lambda runs: -runs[-1].mean)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
