@@ -26,22 +26,31 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from resist_ds.comm import Comm
-from resist_ds.engines.engine import TorchEngine
-from resist_ds.engines.place import place_workers
+from resist_ds.engines.engine import TorchStep
+from resist_ds.engines.place import layout_of, place_workers
 from resist_ds.engines.workers import Workers
 from resist_ds.errors import RunError, UserError
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation
 from resist_ds.protocol.global_model import GlobalModel
-from resist_ds.protocol.partition import Layout
 from resist_ds.state.checkpoint import folder_name
 from resist_ds.state.folder import RunFolder
 from resist_ds.state.run_state import config_to_keep
 from resist_ds.state.start import Start
 
 OPTIONS = (  # those of train.py that mean something without its loop
-    *("workers", "min_blocks", "warmup_rounds", "strategy", "wire", "optimizer_state", "transit_mib"),
+    *(
+        "workers",
+        "team_size",
+        "team_strategy",
+        "min_blocks",
+        "warmup_rounds",
+        "strategy",
+        "wire",
+        "optimizer_state",
+        "transit_mib",
+    ),
     *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "dtype", "channels_last", "cpu_threads"),
     *("from_pretrained", "download", "activation_checkpointing"),
     *("eval_batch_size", "eval_memory", "calibration_samples"),
@@ -92,6 +101,8 @@ class ResIST:
         config = Config(**given, log_with="none")
         if config.strategy not in ("resist", "local_sgd"):
             raise UserError(f"ResIST trains by strategy resist or local_sgd, not by {config.strategy}")
+        if config.inside and config.inside.stage:
+            raise UserError("ResIST's teams share a step by ddp or fsdp: DeepSpeed's is no plain module")
         self._comm = comm = Comm()
         self._folder = RunFolder(config.output_dir)
         comm.agree(lambda: self._folder.take() if comm.rank == 0 else None)
@@ -110,10 +121,12 @@ class ResIST:
         # What train.py counts and a loop of one's own need not: kept as it was.
         self._position, self._train_size = start.position, start.state.train_size if start.state else 0
         comm.agree(lambda: start.check(config_to_keep(config) | {"scheduler": None}, self._train_size))
-        layout = Layout(start.workers(comm.size), comm.size)
+        layout = layout_of(comm, config, start)
+        self._config = config = replace(config, team_size=layout.team_size)
         assert config.num_classes is not None
         classes = config.num_classes
         blueprint = comm.agree(lambda: Blueprint(config.model, classes))
+        self._team = comm.team(layout.team_size)
         self._workers = place_workers(comm, config, layout, blueprint, start)
         self._net = GlobalModel(comm, config, layout, blueprint, start, self._workers)
         self._saver = self._net.saver(self._folder.checkpoints, background=False)
@@ -128,17 +141,21 @@ class ResIST:
         self.device = comm.device
 
     def workers(self) -> Iterator[Turn]:
-        """The workers that this rank plays, each in its turn; no communication. Go through all of them."""
+        """The workers that this rank plays, each in its turn. Go through all of them.
+
+        No communication, but in a team (`team_size`), whose ranks train a worker together, each on its own part
+        of the batch. Collective then: the team.
+        """
         engine = self._workers.engine
-        assert isinstance(engine, TorchEngine)
+        assert isinstance(engine, TorchStep)
         if self._config.optimizer_state == "reset" and isinstance(self._workers, Workers):
             self._workers.reset_optimizer()
         self._spoilt = []
         for worker in self._workers.turns():
             self._waiting.add(worker.index)
-            yield Turn(worker.index, engine.subnet.module, engine.subnet.optimizer)
-            engine.subnet.optimizer.zero_grad(set_to_none=True)  # they are no part of a worker's state
-            if not engine.is_finite():
+            yield Turn(worker.index, engine.forward, engine.optimizer)
+            engine.optimizer.zero_grad(set_to_none=True)  # they are no part of a worker's state
+            if not all(self._team.gather(engine.is_finite())):
                 self._spoilt.append(worker.index)
             self._waiting.discard(worker.index)
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ class Comm:
         rank, size: r and R.
         local_rank, local_size: the same on this machine, as counted when all have met; a launcher's
             LOCAL_RANK only says which of the visible GPUs to take.
+        machine: this one's name, and what tells it from others of that name.
         device: where this rank computes.
         lack: why not every rank has a GPU of its own, in words, where some have one; else None.
         buffer_device: where exchange buffers live; the device, or the host where gloo carries them.
@@ -65,6 +66,7 @@ class Comm:
         self.rank, self.size = launch.rank, launch.size
         self.local_rank, self.local_size = launch.local_rank, launch.local_size
         self.ledger = Ledger()
+        self._teams: dict[int, Team] = {}
         gpus = torch.cuda.device_count()
         self.device = torch.device("cuda", self.local_rank % gpus) if gpus else torch.device("cpu")
         if gpus:
@@ -95,7 +97,9 @@ class Comm:
                     "between the machines, and name their network: GLOO_SOCKET_IFNAME (docs/multi-node.md)"
                 ) from error
             dist.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group over
-        found = places(self.gather(Identity.of(self.device)))
+        identity = Identity.of(self.device)
+        self.machine = identity.machine
+        found = places(self.gather(identity))
         self.local_rank, self.local_size = found[self.rank].local_rank, found[self.rank].local_size
         self.lack = lack(found)
         self.buffer_device = torch.device("cpu") if self.lack else self.device
@@ -105,15 +109,15 @@ class Comm:
             with self.others():
                 self._finish([torch.distributed.all_reduce(one, async_op=True)])
 
-    @cached_property
-    def alone(self) -> torch.distributed.ProcessGroup | None:
-        """A process group of this rank alone. Collective: all ranks, at first use."""
-        if self.size == 1:
-            return None  # of all there are
-        groups = [torch.distributed.new_group([rank]) for rank in range(self.size)]
-        mine = groups[self.rank]
-        assert isinstance(mine, torch.distributed.ProcessGroup)
-        return mine
+    def team(self, size: int) -> "Team":
+        """This rank's team, of so many consecutive ranks; the same one each time. Collective: all ranks.
+
+        Args:
+            size: G, of which R is a multiple.
+        """
+        if size not in self._teams:
+            self._teams[size] = Team(self, size)
+        return self._teams[size]
 
     @property
     def backend(self) -> str:
@@ -265,6 +269,38 @@ class Comm:
                 self.local_rank == 0
             )  # on every machine one says so: rank 0's may be the one that is gone
             raise lost from error
+
+
+class Team:
+    """G consecutive ranks that share each step of a net, and the process group in which they do.
+
+    Attributes:
+        size, lane: G, and this rank's place among them.
+        ranks: all of them, in the order of their lanes.
+        group: theirs, which training libraries are given; None: all the ranks that there are.
+    """
+
+    def __init__(self, comm: Comm, size: int):
+        """Make the groups of all teams. Collective: all ranks."""
+        assert comm.size % size == 0, (comm.size, size)
+        self.size, self.lane = size, comm.rank % size
+        first = comm.rank - self.lane
+        self.ranks = tuple(range(first, first + size))
+        self._comm = comm
+        self.group: torch.distributed.ProcessGroup | None = None
+        if size < comm.size:
+            groups = [torch.distributed.new_group([*range(r, r + size)]) for r in range(0, comm.size, size)]
+            mine = groups[first // size]
+            assert isinstance(mine, torch.distributed.ProcessGroup)
+            self.group = mine
+
+    def gather(self, value: T) -> list[T]:
+        """Every lane's (small, picklable) value. Collective: the team's ranks."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            with self._comm.others():
+                deepspeed_comm().all_gather_object(values, value, group=self.group)
+        return values
 
 
 def _in_short(error: RuntimeError) -> str:

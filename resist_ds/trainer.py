@@ -19,7 +19,7 @@ from resist_ds.data.order import Order, Position
 from resist_ds.data.trouble import Hearing, News
 from resist_ds.engines.deepspeed_options import scheduler_of
 from resist_ds.engines.local import Tally, local_steps
-from resist_ds.engines.place import place_workers
+from resist_ds.engines.place import layout_of, place_workers
 from resist_ds.engines.rates import Rates
 from resist_ds.engines.timetable import Timetable
 from resist_ds.engines.workers import Workers
@@ -32,7 +32,6 @@ from resist_ds.nets.subnet import Worker
 from resist_ds.options.config import Config
 from resist_ds.protocol.evaluate import Evaluation, Result
 from resist_ds.protocol.global_model import GlobalModel
-from resist_ds.protocol.partition import Layout
 from resist_ds.signals import Signals
 from resist_ds.state.checkpoint import folder_name
 from resist_ds.state.folder import RunFolder
@@ -105,7 +104,8 @@ class Trainer:
         torch.set_num_threads(config.cpu_threads)
         choose_kernels(config)
 
-        layout = Layout(start.workers(comm.size), comm.size)
+        layout = layout_of(comm, config, start)
+        self.config = config = replace(config, team_size=layout.team_size)
         self.data = self._load_data()
         blueprint = comm.agree(lambda: Blueprint(config.model, self.data.num_classes))
         self._scheduler = comm.agree(lambda: scheduler_of(config))  # once: the file may change during the run
@@ -229,21 +229,22 @@ class Trainer:
         return comm.agree(placed)
 
     def _batches(self) -> Batches:
-        """All batches that this rank's workers will see, in the order in which they are played."""
+        """What this rank takes of its workers' batches, in the order in which they are played."""
+        layout = self.net.layout
 
         def schedule() -> Iterator[tuple[int, np.ndarray]]:
             for round in range(self.start.position.round, self.rounds):
                 steps = range(self._after(round - 1).step, self._after(round).step)
-                for worker in self.net.layout.workers_of(self.comm.rank):
+                for worker in layout.workers_of(self.comm.rank):
                     for step in steps:
-                        yield self.order.batch(step, worker)
+                        yield self.order.batch(step, worker, layout.lane_of(self.comm.rank), layout.team_size)
 
         dtype = getattr(torch, self.config.dtype)
         return self.data.train_batches(schedule(), self.comm.device, dtype, self.config.channels_last)
 
     def _train(self, work: Callable[[], Report]) -> list[Report]:
         """Every rank's local steps, and what each has to say of them. Collective: all ranks."""
-        if not self.config.way.lockstep:
+        if self.config.inside is None:
             return self.comm.collect(work)
         # Ranks that average gradients at every step cannot agree on a failure in between: the one that
         # fails says so itself and leaves, and the others notice.
@@ -321,17 +322,20 @@ class Trainer:
     def _spoilt(self, round: int, tally: Tally, before: int, done: int) -> str | None:
         """Where in a round a worker first met NaN or Inf, if it did: in a loss, or in what it now holds.
 
-        A gradient's reaches the weights and momentum in the same step, and the next step's loss.
+        Collective: the team, which agrees on it. A gradient's reaches the weights and momentum in the same
+        step, and the next step's loss.
 
         Args:
             tally: of the round's local steps from `before` to `done`.
         """
         first = self._after(round - 1).step
+        found = None
         if tally.spoilt_at is not None:
-            return f"first in the loss of local step {first + before + tally.spoilt_at + 1}"
-        if not self.workers.engine.is_finite():
-            return f"in the weights or momentum after local step {first + done}"
-        return None
+            found = f"first in the loss of local step {first + before + tally.spoilt_at + 1}"
+        elif not self.workers.engine.is_finite():
+            found = f"in the weights or momentum after local step {first + done}"
+        team = self.comm.team(self.net.layout.team_size)
+        return next((where for where in team.gather(found) if where is not None), None)
 
     def _dropped(self, round: int, reports: Sequence[Report], telemetry: Telemetry) -> frozenset[int]:
         """The workers whose round must not reach the others. Collective: all ranks."""

@@ -103,13 +103,18 @@ class Order:
         """Local steps of each worker in one epoch."""
         return self.samples // (self.workers * self.batch_size)
 
-    def batch(self, step: int, worker: int) -> tuple[int, np.ndarray]:
-        """(epoch, sample indices int64 [batch_size]) of a worker's local step; the run's first is 0."""
+    def batch(self, step: int, worker: int, lane: int = 0, lanes: int = 1) -> tuple[int, np.ndarray]:
+        """(epoch, sample indices int64 [batch_size / lanes]) of a worker's local step; the run's first is 0.
+
+        Args:
+            lane, lanes: a place in the worker's team, and G: the batch is cut for its ranks, in their order.
+        """
         assert step >= self.start.step and 0 <= worker < self.workers, (step, worker)
         epoch, offset = self._place(step)
-        start = offset + worker * self.batch_size
+        size = self.batch_size // lanes
+        start = offset + worker * self.batch_size + lane * size
         # A copy, so that nobody holds a view of the cached permutation.
-        return epoch, _permutation(self.seed, epoch, self.samples)[start : start + self.batch_size].copy()
+        return epoch, _permutation(self.seed, epoch, self.samples)[start : start + size].copy()
 
     def after(self, rounds: int, steps: int) -> Position:
         """Where the run is when `rounds` more than the start's are done, which have `steps` local steps."""

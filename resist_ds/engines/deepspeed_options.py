@@ -16,24 +16,24 @@ def engine_options(config: Config, ranks: int) -> Json:
     """What DeepSpeed's engine is given. Its learning rates are ours to set, step by step.
 
     Args:
-        ranks: R; all share an engine's batch but in `resist`.
+        ranks: that share an engine: a team's, or all; a team divides a worker's batch, and all have one each.
 
     Raises:
         UserError: `train_batch_size` is not what the options make it.
     """
     found = _read(config)
-    each = 1 if config.way.stage is None else ranks
-    whole = each * config.batch_size
+    each = config.batch_size if config.way.lockstep else config.batch_size // ranks
+    whole = each * ranks
     if found.total not in (None, whole):
         raise UserError(
-            f"{found.file}: train_batch_size is {found.total}, and {each} × --batch_size {config.batch_size} "
-            f"is {whole}: leave it out"
+            f"{found.file}: train_batch_size is {found.total}, and {whole // config.batch_size} × "
+            f"--batch_size {config.batch_size} is {whole}: leave it out"
         )
     return {
         **_NEEDED,
         "steps_per_print": 1 << 60,
         **found.passed_on,
-        "train_micro_batch_size_per_gpu": config.batch_size // config.accumulation_steps,
+        "train_micro_batch_size_per_gpu": each // config.accumulation_steps,
         "gradient_accumulation_steps": config.accumulation_steps,
         "gradient_clipping": config.clip_grad,
         "bf16": {"enabled": config.mixed_precision == "bf16"},
@@ -64,6 +64,7 @@ def resolved(scheduler: Json, config: Config, steps: int) -> Json:
 
 
 def _read(config: Config) -> DeepSpeedFile:
-    """The file that was typed, or the preset of `--strategy zero1|zero2|zero3`."""
-    file = config.deepspeed_config or str(PRESETS / f"{config.strategy}.json")
-    return DeepSpeedFile(file, config.accumulation_steps, alone=config.way.stage is None)
+    """The file that was typed, or the preset of `--strategy` or `--team_strategy` zero1|zero2|zero3."""
+    of = config.strategy if config.way.lockstep else config.team_strategy
+    file = config.deepspeed_config or str(PRESETS / f"{of}.json")
+    return DeepSpeedFile(file, config.accumulation_steps, alone=config.inside is None)

@@ -58,6 +58,7 @@ class TorchStep:
 
     Attributes:
         forward: the module that is called.
+        optimizer: over its parameters.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class TorchStep:
     ):
         self.forward = forward
         self._parameters = parameters
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._config = config
         self._scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=False)
 
     def step(self, x: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """One local step on images [n, 3, …] and labels [n]; returns Σ loss (float64) and right answers."""
-        config, optimizer = self._config, self._optimizer
+        config, optimizer = self._config, self.optimizer
         score = Score(x.device)
         for group in optimizer.param_groups:
             group["lr"] = rate

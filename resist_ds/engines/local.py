@@ -35,6 +35,17 @@ class Tally:
             self.spoilt_at,
         )
 
+    def beside(self, other: "Tally") -> "Tally":
+        """Of a step that two ranks of a team share: images of both, at the same time."""
+        spoilt = [tally.spoilt_at for tally in (self, other) if tally.spoilt_at is not None]
+        return Tally(
+            self.loss + other.loss,
+            self.right + other.right,
+            self.images + other.images,
+            max(self.seconds, other.seconds),
+            min(spoilt, default=None),
+        )
+
 
 def local_steps(engine: Engine, batches: Iterator[tuple[Tensor, Tensor]], *, rates: Sequence[float]) -> Tally:
     """Train the worker whose state is in `engine` on its next batches.

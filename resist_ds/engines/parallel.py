@@ -1,8 +1,8 @@
 """Nets handed to torch's and DeepSpeed's own parallelism, with the bytes that these send counted.
 
 `comm` is the protocol's communication; here are DDP, FSDP2 (`fully_shard`) and DeepSpeed's engine, which talk
-on their own inside a training step. The ledger counts, under "gradients", what each of their collectives must
-send at least: a ring's share.
+on their own inside a training step, in a team of ranks. The ledger counts what each of their collectives must
+send at least: a ring's share; under "gradients" where all ranks are one team, else under "team".
 """
 
 import inspect
@@ -12,66 +12,135 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from resist_ds.comm import Comm, deepspeed_comm
+from resist_ds.comm import Comm, Team, deepspeed_comm
 from resist_ds.errors import UserError
+from resist_ds.options.config import Config
+from resist_ds.protocol.team_gather import KIND
 
-KIND = "gradients"
+
+@dataclass(frozen=True)
+class Inside:
+    """The ranks that share each step of a net, as the libraries are told of them.
+
+    Attributes:
+        comm: of all ranks.
+        team: those that share it.
+        named: the option that asks for it, as it is typed.
+        kind: under which the ledger counts what they send each other.
+    """
+
+    comm: Comm
+    team: Team
+    named: str
+    kind: str
+
+    @classmethod
+    def of(cls, comm: Comm, config: Config) -> "Inside":
+        """Of a run: all ranks, a team, or a rank alone. Collective: all ranks."""
+        if config.way.lockstep:
+            return cls(comm, comm.team(comm.size), f"--strategy {config.strategy}", "gradients")
+        assert isinstance(config.team_size, int)
+        comm.team(1)  # DeepSpeed's models are a rank's own
+        return cls(comm, comm.team(config.team_size), f"--team_strategy {config.team_strategy}", KIND)
+
+    @property
+    def group(self) -> Any:
+        return self.team.group or torch.distributed.group.WORLD
+
+    def count(self, sent: int) -> None:
+        self.comm.ledger[self.kind] += sent
 
 
-def data_parallel(comm: Comm, module: nn.Module) -> nn.Module:
-    """`module` with its gradients averaged over the ranks in every backward pass. Collective: all ranks."""
-    if comm.size == 1:
+def data_parallel(inside: Inside, module: nn.Module) -> nn.Module:
+    """`module` with its gradients averaged over a team in every backward pass. Collective: the team."""
+    team = inside.team
+    if team.size == 1:
         return module
-    _check_devices(comm, "ddp")
-    group = torch.distributed.group.WORLD
-    assert group is not None
+    _check_devices(inside)
+    group = inside.group
 
     def counted(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-        comm.ledger[KIND] += _all_reduce(bucket.buffer(), comm.size)
+        inside.count(_all_reduce(bucket.buffer(), team.size))
         return allreduce_hook(group, bucket)
 
     # BatchNorm's buffers are not used in training. torch 2.15 has renamed what leaves them alone.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    given: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
+    given: dict[str, Any] = {option: False, "gradient_as_bucket_view": True, "process_group": group}
     parallel = DistributedDataParallel(module, **given)
     parallel.register_comm_hook(None, counted)
     return parallel
 
 
 def shard_fully(
-    comm: Comm, module: nn.Module, units: Iterable[nn.Module], low: torch.dtype | None
+    inside: Inside, module: nn.Module, units: Iterable[nn.Module], low: torch.dtype | None
 ) -> FSDPModule:
-    """Spread a meta-device module over all ranks with FSDP2, each unit gathered on its own and dropped again.
+    """Spread a meta-device module over a team with FSDP2, each unit gathered on its own and dropped again.
 
-    Collective: all ranks.
+    Collective: the team. `place_shards` gives it memory.
 
     Args:
         low: in which parameters are gathered and computed with; their gradients are summed in float32.
     """
-    _check_devices(comm, "fsdp")
+    comm, team = inside.comm, inside.team
+    _check_devices(inside)
     _join_alone(comm)
     # Some of timm's heads end in a view; nobody changes the logits in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh = init_device_mesh(comm.device.type, (comm.size,))
+    mesh = DeviceMesh.from_group(inside.group, comm.device.type)
     policy = MixedPrecisionPolicy() if low is None else MixedPrecisionPolicy(low, reduce_dtype=torch.float32)
     for part in (*units, module):
         fully_shard(part, mesh=mesh, mp_policy=policy)
-        if comm.size > 1:
-            _count_fsdp(comm, part)
+        if team.size > 1:
+            _count_fsdp(inside, part)
     assert isinstance(module, FSDPModule)
     return module
+
+
+def place_shards(
+    module: nn.Module, places: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Make this rank's rows of a spread module's parameters, and of their optimizer state, the given memory.
+
+    FSDP2 takes memory of its own where it is asked to; what a vector holds it is told of here, as its own
+    `reset_sharded_param` would, which copies where rows do not divide.
+
+    Args:
+        places: {name: {"parameter" or name of an optimizer state: [⌈rows / ranks⌉, …] or a scalar}}.
+
+    Returns:
+        {name: {the same: its tensor over all ranks}}; parameters are the module's own.
+    """
+    placed: dict[str, dict[str, Tensor]] = {}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for part in module.modules():
+        if not isinstance(part, FSDPModule):
+            continue
+        group = part._get_fsdp_state()._fsdp_param_group
+        for spread in group.fsdp_params if group else ():
+            name, length = names[id(spread.sharded_param)], spread.sharded_size[0]
+            found: dict[str, Tensor] = {}
+            for kind, place in places[name].items():
+                assert place.dim() == 0 or place.size() == spread.padded_sharded_param_size, (name, kind)
+                found[kind] = place if place.dim() == 0 else spread.to_sharded_dtensor(place[:length])
+            parameter = nn.Parameter(found["parameter"])
+            spread._sharded_param_data = places[name]["parameter"].view(-1)
+            spread.sharded_param = found["parameter"] = parameter
+            spread._setattr_on_modules(parameter)
+            placed[name] = found
+    return placed
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -91,16 +160,24 @@ def share(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def deepspeed_engine(
-    comm: Comm, module: nn.Module, optimizer: torch.optim.Optimizer, options: Mapping[str, Any], alone: bool
-) -> Any:
-    """A DeepSpeed engine around `module`. Collective: all ranks, unless `alone`.
+def gather_rows(inside: Inside, part: Tensor) -> list[Tensor]:
+    """Every lane's rows of a tensor, on the device. Collective: the team."""
+    part = part.to(inside.comm.device).contiguous()
+    if inside.team.size == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(inside.team.size)]
+    inside.count((inside.team.size - 1) * part.nbytes)
+    torch.distributed.all_gather(parts, part, group=inside.group)
+    return parts
 
-    Args:
-        alone: a data-parallel group of this rank only; else all ranks share the batch.
-    """
-    if not alone:
-        _check_devices(comm, f"zero{options['zero_optimization']['stage']}")
+
+def deepspeed_engine(
+    inside: Inside, module: nn.Module, optimizer: torch.optim.Optimizer, options: Mapping[str, Any]
+) -> Any:
+    """A DeepSpeed engine around `module`, whose team shares the batch. Collective: the team."""
+    comm, team = inside.comm, inside.team
+    if team.size > 1:
+        _check_devices(inside)
     _join_alone(comm)
     deepspeed_comm()  # which sets its environment and its loggers
     import deepspeed
@@ -116,7 +193,7 @@ def deepspeed_engine(
                 model=module,
                 optimizer=optimizer,
                 config=json.loads(json.dumps(options)),
-                mpu=_Alone(comm) if alone else None,
+                mpu=None if team.size == comm.size > 1 else _Groups(inside),
             )[0]
     except (ValueError, TypeError, AssertionError) as error:  # its own checks of its options
         words = " ".join(str(error).split())  # pydantic's first line says how many, the second which
@@ -126,12 +203,12 @@ def deepspeed_engine(
 
 
 @contextmanager
-def deepspeed_counted(comm: Comm) -> Iterator[None]:
+def deepspeed_counted(inside: Inside) -> Iterator[None]:
     """Count what DeepSpeed's collectives send in the meantime."""
     import deepspeed.comm.comm as backend_of
 
     backend = backend_of.cdb
-    backend_of.cdb = _Counted(backend, comm)
+    backend_of.cdb = _Counted(backend, inside)
     try:
         yield
     finally:
@@ -166,39 +243,38 @@ def deepspeed_schedule(name: str, params: Mapping[str, Any], lr: float) -> Calla
     return rate
 
 
-class _Alone:
-    """DeepSpeed's `mpu`: model and data parallel groups of this rank alone."""
+class _Groups:
+    """DeepSpeed's `mpu`: the team is data parallel, and nothing else is spread."""
 
-    def __init__(self, comm: Comm):
-        group = comm.alone or torch.distributed.group.WORLD  # one rank has made its own by now
-
-        def get_group() -> Any:
-            return group
-
-        self.get_data_parallel_group = self.get_model_parallel_group = get_group
-        self.get_tensor_model_parallel_group = get_group
-        for kind in ("data", "model", "tensor_model"):
+    def __init__(self, inside: Inside):
+        comm, team = inside.comm, inside.team
+        alone = comm.team(1).group or torch.distributed.group.WORLD  # made before by all
+        self.get_data_parallel_group = lambda: inside.group
+        self.get_data_parallel_rank = lambda: team.lane
+        self.get_data_parallel_world_size = lambda: team.size
+        self.get_data_parallel_group_ranks = lambda: list(team.ranks)
+        for kind in ("model", "tensor_model"):
+            setattr(self, f"get_{kind}_parallel_group", lambda: alone)
             setattr(self, f"get_{kind}_parallel_rank", lambda: 0)
             setattr(self, f"get_{kind}_parallel_world_size", lambda: 1)
-        self.get_data_parallel_group_ranks = lambda: [comm.rank]
 
 
 class _Counted:
     """DeepSpeed's communication back end, with what it sends added up in the ledger."""
 
-    def __init__(self, backend: Any, comm: Comm):
+    def __init__(self, backend: Any, inside: Inside):
         self._backend = backend
-        self._comm = comm
+        self._inside = inside
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._backend, name)
-        if name not in _SENT or self._comm.size == 1:
+        if name not in _SENT or self._inside.team.size == 1:
             return found
         parameters, sent = _SENT[name]
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(parameters, args, strict=False)) | kwargs
-            self._comm.ledger[KIND] += sent(given, self._comm)
+            self._inside.count(sent(given, self._inside.team.size, self._inside.comm.rank))
             return found(*args, **kwargs)
 
         return counted
@@ -214,52 +290,52 @@ def _sum(tensors: Iterable[Tensor]) -> int:
 
 # What a rank sends in each of them at least, from their first two arguments; a reduction to one rank takes
 # what everyone else has.
-_SENT: dict[str, tuple[tuple[str, ...], Callable[[Any, Comm], int]]] = {
-    "all_reduce": (("tensor",), lambda x, comm: _all_reduce(x["tensor"], comm.size)),
+_SENT: dict[str, tuple[tuple[str, ...], Callable[[Any, int, int], int]]] = {
+    "all_reduce": (("tensor",), lambda x, size, rank: _all_reduce(x["tensor"], size)),
     "all_reduce_coalesced": (
         ("tensors",),
-        lambda x, comm: sum(_all_reduce(t, comm.size) for t in x["tensors"]),
+        lambda x, size, rank: sum(_all_reduce(t, size) for t in x["tensors"]),
     ),
-    "reduce": (("tensor", "dst"), lambda x, comm: (comm.rank != x["dst"]) * x["tensor"].nbytes),
+    "reduce": (("tensor", "dst"), lambda x, size, rank: (rank != x["dst"]) * x["tensor"].nbytes),
     "reduce_scatter_tensor": (
         ("output_tensor", "input_tensor"),
-        lambda x, comm: (comm.size - 1) * x["input_tensor"].nbytes // comm.size,
+        lambda x, size, rank: (size - 1) * x["input_tensor"].nbytes // size,
     ),
     "reduce_scatter": (
         ("output", "input_list"),
-        lambda x, comm: (comm.size - 1) * _sum(x["input_list"]) // comm.size,
+        lambda x, size, rank: (size - 1) * _sum(x["input_list"]) // size,
     ),
     "all_gather_into_tensor": (
         ("output_tensor", "input_tensor"),
-        lambda x, comm: (comm.size - 1) * x["input_tensor"].nbytes,
+        lambda x, size, rank: (size - 1) * x["input_tensor"].nbytes,
     ),
-    "all_gather": (("tensor_list", "tensor"), lambda x, comm: (comm.size - 1) * x["tensor"].nbytes),
+    "all_gather": (("tensor_list", "tensor"), lambda x, size, rank: (size - 1) * x["tensor"].nbytes),
     "all_gather_coalesced": (
         ("output_tensors", "input_tensors"),
-        lambda x, comm: (comm.size - 1) * _sum(x["input_tensors"]),
+        lambda x, size, rank: (size - 1) * _sum(x["input_tensors"]),
     ),
     "broadcast": (
         ("tensor", "src"),
-        lambda x, comm: (comm.rank == x["src"]) * (comm.size - 1) * x["tensor"].nbytes,
+        lambda x, size, rank: (rank == x["src"]) * (size - 1) * x["tensor"].nbytes,
     ),
     "all_to_all_single": (
         ("output", "input"),
-        lambda x, comm: (comm.size - 1) * x["input"].nbytes // comm.size,
+        lambda x, size, rank: (size - 1) * x["input"].nbytes // size,
     ),
 }
 
 
-def _count_fsdp(comm: Comm, part: nn.Module) -> None:
+def _count_fsdp(inside: Inside, part: nn.Module) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
     class AllGather(DefaultAllGather):
         def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            comm.ledger[KIND] += (comm.size - 1) * input_tensor.nbytes
+            inside.count((inside.team.size - 1) * input_tensor.nbytes)
             return super().__call__(output_tensor, input_tensor, *args, **kwargs)
 
     class ReduceScatter(DefaultReduceScatter):
         def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            comm.ledger[KIND] += (comm.size - 1) * output_tensor.nbytes
+            inside.count((inside.team.size - 1) * output_tensor.nbytes)
             return super().__call__(output_tensor, input_tensor, *args, **kwargs)
 
     assert isinstance(part, FSDPModule)
@@ -267,10 +343,10 @@ def _count_fsdp(comm: Comm, part: nn.Module) -> None:
     part.set_custom_reduce_scatter(ReduceScatter())
 
 
-def _check_devices(comm: Comm, strategy: str) -> None:
-    if comm.lack:
+def _check_devices(inside: Inside) -> None:
+    if inside.comm.lack:
         raise UserError(
-            f"--strategy {strategy} needs a GPU for every rank, and {comm.lack}: start fewer ranks"
+            f"{inside.named} needs a GPU for every rank, and {inside.comm.lack}: start fewer ranks"
         )
 
 

@@ -5,7 +5,7 @@ hold, the shared part and its share of the pool, so that evaluation, checkpoints
 other strategies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from resist_ds.engines.engine import Engine
 from resist_ds.nets.initial import Piece
 from resist_ds.nets.subnet import OptimizerState, StateDict, StateLayout, Subnet, Worker
 from resist_ds.protocol.partition import Partition
-from resist_ds.protocol.workers import RankWorkers, owned
+from resist_ds.protocol.workers import RankWorkers, Shown, owned
 
 
 class SpreadEngine(Engine, Protocol):
@@ -65,13 +65,14 @@ class SpreadNet(RankWorkers):
         """The one worker of this rank."""
         yield self._worker
 
-    def for_evaluation(self, deal: Partition) -> tuple[Subnet, dict[int, Tensor]]:
+    def for_evaluation(self, deal: Partition) -> Shown:
         """A sub-ResNet with the shared part, and this rank's share of the pool. Collective: all ranks."""
         layout, device = self.layout.without_state(), self._comm.device
         vector = self._gather(deal, layout, device, "eval")
-        return Subnet(self._blueprint, layout, self._config, device, vector), {self._worker.index: vector}
+        subnet = Subnet(self._blueprint, layout, self._config, device, vector)
+        return Shown(subnet, {self._worker.index: vector}, layout)
 
-    def owned(self, deal: Partition) -> StateDict:
+    def owned(self, deal: Partition, agreed: Mapping[int, Tensor] | None = None) -> StateDict:
         """The partitioned state dict: this rank's share, gathered. Collective: all ranks."""
         vector = self._gather(deal, self.layout, torch.device("cpu"), "save")
         return owned(self._blueprint, self.layout, {self._worker.index: vector}, deal)
@@ -99,10 +100,16 @@ class SpreadNet(RankWorkers):
         return vector
 
     def _make_engine(self) -> SpreadEngine:
+        from resist_ds.engines.parallel import Inside  # which imports much that others do not need
+
+        inside = Inside.of(self._comm, self._config)
         if self._config.strategy == "fsdp":
             from resist_ds.engines.fsdp import FSDPEngine
 
-            return FSDPEngine(self._comm, self._blueprint, self._config)
+            layout = StateLayout.of(
+                self._blueprint, self._config, self._blueprint.pool, lanes=self._comm.size
+            )
+            return FSDPEngine(inside, self._blueprint, self._config, layout)
         from resist_ds.engines.zero import ZeroEngine
 
-        return ZeroEngine(self._comm, self._blueprint, self._config)
+        return ZeroEngine(inside, self._blueprint, self._config)

@@ -9,7 +9,7 @@ Under `--on_nan skip` a worker's state at the start of the round stays in host m
 steps have turned out well: an idle worker's is there anyway, a lone worker's is copied.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from resist_ds.engines.engine import Engine, RandomDepth, TorchEngine
 from resist_ds.memory import host_bytes
 from resist_ds.nets.initial import Piece
+from resist_ds.nets.shards import place
 from resist_ds.nets.subnet import StateDict, StateLayout, Subnet, Worker
 from resist_ds.protocol.partition import Partition
-from resist_ds.protocol.workers import RankWorkers, owned
+from resist_ds.protocol.workers import RankWorkers, Shown, owned
 
 
 class Workers(RankWorkers):
@@ -32,8 +33,12 @@ class Workers(RankWorkers):
     """
 
     def _make(self, deal: Partition) -> None:
-        mine = self._ranks.workers_of(self._comm.rank)
         self._prepare(deal.slots)
+        self._place(deal)
+
+    def _place(self, deal: Partition) -> None:
+        """Give this rank's workers room, and fill it."""
+        mine = self._ranks.workers_of(self._comm.rank)
         device, fp16 = self._comm.device.type, self._config.mixed_precision == "fp16"
         self._workers = [
             Worker(w, self._room(alone=len(mine) == 1), torch.amp.GradScaler(device, enabled=fp16))
@@ -65,14 +70,20 @@ class Workers(RankWorkers):
         return {worker.index: worker.vector for worker in self._workers}
 
     def connect(self) -> None:
-        """Under ddp, put torch's DistributedDataParallel around the net. Collective: all ranks."""
-        if self._config.way.lockstep:
-            assert isinstance(self.engine, TorchEngine)
-            from resist_ds.engines.parallel import (
-                data_parallel,  # which imports much that the others do not need
-            )
+        """Put torch's DistributedDataParallel around a net that ranks share. Collective: all ranks."""
+        self._wrap()
 
-            self.engine.wrap(partial(data_parallel, self._comm))
+    def _wrap(self) -> None:
+        """The same, of an engine that is new. Collective: all ranks."""
+        if self._config.inside is None:
+            return
+        assert isinstance(self.engine, TorchEngine)
+        from resist_ds.engines.parallel import (  # which imports much that the others do not need
+            Inside,
+            data_parallel,
+        )
+
+        self.engine.wrap(partial(data_parallel, Inside.of(self._comm, self._config)))
 
     @property
     def mine(self) -> tuple[int, ...]:
@@ -96,7 +107,8 @@ class Workers(RankWorkers):
 
     def standing(self, worker: Worker) -> Tensor:
         """What counts of a worker in its turn: its state now, or, if it is spoilt, at the round's start."""
-        now = self.subnet.vector
+        now = self._in_place
+        assert now is not None
         if not worker.spoilt:
             return now
         if worker.vector is not now:
@@ -120,43 +132,47 @@ class Workers(RankWorkers):
         for vector in self.vectors.values():
             self.layout.reset_optimizer(vector)
 
-    def for_evaluation(self, deal: Partition) -> tuple[Subnet, dict[int, Tensor]]:
+    def for_evaluation(self, deal: Partition) -> Shown:
         """A sub-ResNet with the shared part, which all workers hold alike after a hand-off; their vectors."""
         first = self._workers[0].vector
         if isinstance(self.engine, TorchEngine):
             if first is not self.subnet.vector:
                 self.subnet.vector.copy_(first, non_blocking=True)
             self.subnet.refresh()
-            return self.subnet, self.vectors
+            return Shown(self.subnet, self.vectors, self.layout)
         alone = {worker: self.layout.only_parameters(vector) for worker, vector in self.vectors.items()}
         on_device = next(iter(alone.values())).to(self._comm.device)
         layout = self.layout.without_state()
-        return Subnet(self._blueprint, layout, self._config, self._comm.device, on_device), alone
+        subnet = Subnet(self._blueprint, layout, self._config, self._comm.device, on_device)
+        return Shown(subnet, alone, layout)
 
     def resize(self, slots: int) -> None:
         """Go on with fewer slots, when warm-up ends: the first ones of each state are kept."""
         alone = self._workers[0].vector is self._in_place
         kept = [worker.vector[: self.layout.slot_offset(slots)].clone() for worker in self._workers]
         self._prepare(slots)
+        self._wrap()
         for worker, values in zip(self._workers, kept, strict=True):
             worker.vector = self._room(alone)
             worker.vector.copy_(values)
         if self._round_start is not None:
             self._round_start = self._room(alone=False)
 
-    def owned(self, deal: Partition) -> StateDict:
+    def owned(self, deal: Partition, agreed: Mapping[int, Tensor] | None = None) -> StateDict:
         """The partitioned state dict: what this rank's workers own, as views, by timm's names."""
-        return owned(self._blueprint, self.layout, self.vectors, deal)
+        lane = self._lane, self._lanes
+        return owned(self._blueprint, self.layout, self.vectors, deal, agreed, lane)
 
     def _prepare(self, slots: int) -> None:
         """Make the engine for workers of so many slots."""
         config, blueprint, comm = self._config, self._blueprint, self._comm
-        self.layout = StateLayout.of(blueprint, config, slots)
+        self.layout = StateLayout.of(blueprint, config, slots, self._shards)
         self._in_place: Tensor | None = None
         if config.deepspeed_config is not None:
+            from resist_ds.engines.parallel import Inside
             from resist_ds.engines.zero import ZeroEngine  # which takes seconds to import
 
-            self.engine: Engine = ZeroEngine(comm, blueprint, config, self.layout)
+            self.engine: Engine = ZeroEngine(Inside.of(comm, config), blueprint, config, self.layout)
             return
         subnet = Subnet(blueprint, self.layout, config, comm.device)
         self._in_place = subnet.vector
@@ -177,16 +193,17 @@ class Workers(RankWorkers):
 
     def _fill(self, vector: Tensor, blocks: tuple[int, ...]) -> None:
         layout, source = self.layout, self._source
-        _copy(source.shared(), layout.shared.tensors(layout.shared_part(vector)))
+        lane = (self._lane, self._shards)
+        _copy(source.shared(), layout.shared.tensors(layout.shared_part(vector)), lane)
         for slot, block in enumerate(blocks):
-            _copy(source.block(block), layout.block.tensors(layout.slot_part(vector, slot)))
+            _copy(source.block(block), layout.block.tensors(layout.slot_part(vector, slot)), lane)
 
 
-def _copy(piece: Piece, views: StateDict) -> None:
-    """Fill a piece's views; optimizer state that the source lacks stays zero."""
+def _copy(piece: Piece, views: StateDict, lane: tuple[int, int]) -> None:
+    """Fill a piece's views with a lane's rows; optimizer state that the source lacks stays zero."""
     filled = set()
     for name, tensors in piece:
         filled.add(name)
         for kind in tensors.keys() & views[name].keys():
-            views[name][kind].copy_(tensors[kind])
+            place(tensors[kind], views[name][kind], *lane)
     assert filled == views.keys()

@@ -1,7 +1,7 @@
-"""DeepSpeed's engine: around a sub-ResNet on its own (`resist`), or around one net on all ranks (`zero1–3`).
+"""DeepSpeed's engine: around a sub-ResNet, of a rank or a team, or around one net on all ranks (`zero1–3`).
 
-The optimizer's fp32 masters are the state: they are what a worker's vector is loaded into and stored from,
-and so what is averaged and handed on.
+The optimizer's fp32 masters are the state: they are what a worker's vector, or a lane's part of it, is loaded
+into and stored from, and so what is averaged and handed on.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resist_ds.comm import Comm, Ledger
+from resist_ds.comm import Ledger
 from resist_ds.engines.deepspeed_options import engine_options
 from resist_ds.engines.engine import Score, micro_batches
-from resist_ds.engines.parallel import deepspeed_counted, deepspeed_engine
+from resist_ds.engines.parallel import Inside, deepspeed_counted, deepspeed_engine, gather_rows
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.optimizer import optimizer_of
 from resist_ds.nets.precision import is_finite
+from resist_ds.nets.shards import join, place
 from resist_ds.nets.subnet import OptimizerState, StateLayout, Worker, use_batch_statistics
 from resist_ds.options.config import Config
 
@@ -29,12 +30,14 @@ class ZeroEngine:
         stage: of ZeRO; 0 is DeepSpeed without it.
     """
 
-    def __init__(self, comm: Comm, blueprint: Blueprint, config: Config, layout: StateLayout | None = None):
-        """Make the engine around an empty net. Collective: all ranks, unless with a `layout`.
+    def __init__(
+        self, inside: Inside, blueprint: Blueprint, config: Config, layout: StateLayout | None = None
+    ):
+        """Make the engine around an empty net. Collective: the team.
 
         Args:
-            layout: of the workers of this rank, whose sub-ResNet has an engine of its own; default: one net
-                for all ranks.
+            inside: the ranks that share it.
+            layout: of the vectors of the workers that take turns in it; default: one net, and no vectors.
         """
         from deepspeed.utils import (  # takes seconds, after `deepspeed_comm` has set its environment
             safe_get_full_fp32_param,
@@ -48,12 +51,11 @@ class ZeroEngine:
         self._get_parameter, self._get_state = safe_get_full_fp32_param, safe_get_full_optimizer_state
         self._set_parameter, self._set_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
         self._set_part, self._set_state_part = safe_set_local_fp32_param, safe_set_local_optimizer_state
-        self._comm = comm
+        self._inside, self._comm = inside, inside.comm
+        comm = inside.comm
         self._config = config
-        alone = layout is not None
         self._layout = layout
         self._prefix = blueprint.block_prefix
-        self._place = (0, 1) if alone else (comm.rank, comm.size)  # in the data-parallel group
         dtype = getattr(torch, config.dtype)
         net = (
             blueprint.subnet(layout.slots if layout else blueprint.pool)
@@ -67,30 +69,46 @@ class ZeroEngine:
             net.set_grad_checkpointing()  # type: ignore[operator]
         net.train()
         self._parameters = dict(net.named_parameters())
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         optimizer = optimizer_of(config, list(self._parameters.values()), decorated=True)
-        options = engine_options(config, comm.size)
+        options = engine_options(config, inside.team.size)
         self.stage = int(options["zero_optimization"]["stage"])
-        self._engine = deepspeed_engine(comm, net, optimizer, options, alone)
+        self._engine = deepspeed_engine(inside, net, optimizer, options)
         self._dtype = next(net.parameters()).dtype
         self._counter = OptimizerState.of(config).counter
         self._make_states()
 
+    @torch.no_grad()
     def load(self, worker: Worker) -> None:
-        """Make a worker's state the engine's."""
-        if self._layout:
-            for name, tensors in self._layout.tensors(worker.vector, self._prefix).items():
-                for kind, value in tensors.items():
-                    self.set(name, kind, value)
+        """Make a worker's state the engine's. Collective: the team."""
+        if not self._layout:
+            return
+        for name, tensors in self._layout.tensors(worker.vector, self._prefix).items():
+            shape = self._shapes[name]
+            for kind, part in tensors.items():
+                if part.dim() == 0 or self._layout.block.lanes == 1:
+                    self.set(name, kind, part)
+                    continue
+                value = torch.empty(shape, dtype=part.dtype, device=self._comm.device)
+                join(gather_rows(self._inside, part), value)
+                self.set(name, kind, value)
 
+    @torch.no_grad()
     def store(self, worker: Worker) -> None:
-        """Copy the masters and their optimizer state into the worker's vector."""
-        if self._layout:
-            for name, tensors in self._layout.tensors(worker.vector, self._prefix).items():
-                for kind, value in tensors.items():
-                    value.copy_(self.get(name, kind).reshape(value.shape))
+        """Copy the masters and their optimizer state into the worker's vector. Collective: the team."""
+        if not self._layout:
+            return
+        team, lanes = self._inside.team, self._layout.block.lanes
+        for name, tensors in self._layout.tensors(worker.vector, self._prefix).items():
+            for kind, part in tensors.items():
+                value = self.get(name, kind)
+                if part.dim() == 0 or lanes == 1:
+                    part.copy_(value.reshape(part.shape))
+                else:
+                    place(value.reshape(self._shapes[name]), part, team.lane, lanes)
 
     def step(self, x: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-        """One local step, or, across the ranks, one step of all. Collective: all ranks, unless alone."""
+        """One local step, of all of the team. Collective: the team."""
         score = Score(x.device)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -161,7 +179,7 @@ class ZeroEngine:
 
     def _part(self, parameter: Any, value: Tensor) -> Tensor:
         """What ZeRO 3 keeps of a value on this rank; the last ranks' is padded."""
-        index, ranks = self._place
+        index, ranks = self._inside.team.lane, self._inside.team.size
         size = parameter.ds_tensor.numel()
         flat = F.pad(value.flatten(), (0, size * ranks - value.numel()))
         return flat[index * size : (index + 1) * size]
@@ -185,4 +203,4 @@ class ZeroEngine:
         self._comm.ledger.update(sent)
 
     def _counted(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._layout else deepspeed_counted(self._comm)
+        return deepspeed_counted(self._inside) if self._inside.team.size > 1 else nullcontext()

@@ -62,16 +62,29 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class PartLayout:
-    """Where the tensors of one part of a worker's state (shared, or a slot) lie in that part's vector."""
+    """Where the tensors of one part of a worker's state (shared, or a slot) lie in that part's vector.
+
+    Attributes:
+        shapes: of whole tensors.
+        lanes: among which each tensor's rows are spread (`shards`); the vector is that of one lane.
+    """
 
     shapes: Shapes
     state: OptimizerState
     channels_last: bool = False
+    lanes: int = 1
+
+    @cached_property
+    def held(self) -> Shapes:
+        """Of what lies in the vector: a lane's rows, as many on each, the last ones perhaps unused."""
+        if self.lanes == 1:
+            return self.shapes
+        return tuple((name, (-(-first // self.lanes), *rest)) for name, (first, *rest) in self.shapes)
 
     @cached_property
     def offsets(self) -> dict[str, int]:
         offsets, end = {}, 0
-        for name, shape in sorted(self.shapes, key=lambda item: _is_vector(item[1])):
+        for name, shape in sorted(self.held, key=lambda item: _is_vector(item[1])):
             offsets[name] = end
             end += _padded(math.prod(shape))
         return offsets
@@ -79,12 +92,12 @@ class PartLayout:
     @cached_property
     def matrices(self) -> int:
         """Elements that parameters of two or more dimensions take; the others come behind them."""
-        return sum(_padded(math.prod(shape)) for _, shape in self.shapes if not _is_vector(shape))
+        return sum(_padded(math.prod(shape)) for _, shape in self.held if not _is_vector(shape))
 
     @cached_property
     def parameters(self) -> int:
         """Elements that the parameters take, padding included."""
-        return sum(_padded(math.prod(shape)) for _, shape in self.shapes)
+        return sum(_padded(math.prod(shape)) for _, shape in self.held)
 
     @cached_property
     def numel(self) -> int:
@@ -100,7 +113,7 @@ class PartLayout:
         """Views of a part's vector: row 0 the parameters, row i the optimizer's i-th state vector."""
         return {
             name: self._view(part, row * self.parameters + self.offsets[name], shape)
-            for name, shape in self.shapes
+            for name, shape in self.held
         }
 
     def _view(self, part: Tensor, offset: int, shape: tuple[int, ...]) -> Tensor:
@@ -137,10 +150,12 @@ class StateLayout:
     slots: int
 
     @classmethod
-    def of(cls, blueprint: Blueprint, config: Config, slots: int) -> "StateLayout":
+    def of(cls, blueprint: Blueprint, config: Config, slots: int, lanes: int = 1) -> "StateLayout":
+        """Of a worker with so many slots, or of what one of the lanes has of it."""
         state = OptimizerState.of(config)
         shared, block = (
-            PartLayout(shapes, state, config.channels_last) for shapes in (blueprint.shared, blueprint.block)
+            PartLayout(shapes, state, config.channels_last, lanes)
+            for shapes in (blueprint.shared, blueprint.block)
         )
         return cls(shared, block, slots)
 
@@ -172,6 +187,11 @@ class StateLayout:
     def without_state(self) -> "StateLayout":
         """The layout of a vector that holds parameters alone, for evaluation."""
         shared, block = (replace(part, state=OptimizerState(())) for part in (self.shared, self.block))
+        return StateLayout(shared, block, self.slots)
+
+    def whole(self) -> "StateLayout":
+        """The layout of a vector that no lanes share."""
+        shared, block = (replace(part, lanes=1) for part in (self.shared, self.block))
         return StateLayout(shared, block, self.slots)
 
     def only_parameters(self, vector: Tensor) -> Tensor:
@@ -268,7 +288,7 @@ class Subnet:
                 self.optimizer.state[parameter] = tensors[name]
         low = low_precision(config)
         # DistributedDataParallel would average the copies' gradients: there autocast casts the weights.
-        self._shadow = None if low is None or config.way.lockstep else self._shade(low, blueprint)
+        self._shadow = None if low is None or config.inside else self._shade(low, blueprint)
         self.refresh()
         self.module.train()
 

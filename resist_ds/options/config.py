@@ -15,12 +15,11 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any, Literal
 
 from resist_ds.errors import UserError
+from resist_ds.options.checks import check_combinations
 from resist_ds.options.deepspeed_file import DeepSpeedFile
 from resist_ds.options.json_file import joined
 from resist_ds.options.option import option
 from resist_ds.options.strategy import STRATEGIES, Strategy
-
-TIMM = "timm"  # of --from_pretrained: timm's own weights
 
 
 def _precision_of_launcher() -> Any:
@@ -94,6 +93,16 @@ class Config:
         "W, the number of sub-ResNets; null: one per rank, or 4 on one rank.",
         low=1,
         free=True,
+    )
+    team_size: int | Literal["auto"] = option(
+        1,
+        "G, consecutive ranks that play a worker together and share each of its steps; auto: the ranks of a "
+        "machine. batch_size is divided among them.",
+        low=1,
+        free=True,
+    )
+    team_strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = option(
+        "ddp", "How the ranks of a team share a step: as the baselines of these names do.", free=True
     )
     local_steps: int = option(50, "Steps that each worker takes alone between two synchronisations.", low=1)
     local_steps_max: int | None = option(
@@ -257,12 +266,12 @@ class Config:
         if not self.deepspeed_config:
             self._check_values()
             return
-        file = DeepSpeedFile(self.deepspeed_config, self.accumulation_steps, alone=self.way.stage is None)
+        file = DeepSpeedFile(self.deepspeed_config, self.accumulation_steps, alone=self.inside is None)
         try:
             self._check_values()
         except UserError as error:
             raise UserError(file.named(str(error))) from None
-        if wrong := file.contradictions(asdict(self), self.way.stage):
+        if wrong := file.contradictions(asdict(self), self.inside.stage if self.inside else None):
             raise UserError(f"{self.deepspeed_config}: {joined(wrong)}")
 
     def _check_values(self) -> None:
@@ -273,146 +282,24 @@ class Config:
                 raise UserError(f"--{name} is {value}: type a finite number, {limit}")
         # One writing, however they were typed: a resumed run compares it with the checkpoint's.
         object.__setattr__(self, "betas", ",".join(map(str, self.two_betas)))
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        needs_files = self.dataset not in ("digits", "synthetic")
-        if self.epochs == 0:
-            raise UserError("--epochs is 0: type a number above 0")
-        if not self.model:
-            raise UserError("--model is empty: type a name such as preact_resnet_small")
-        if not self.output_dir:
-            raise UserError("--output_dir is empty: type a folder, for instance runs/latest")
-        if needs_files and not self.data_dir:
-            raise UserError(f"--dataset {self.dataset} needs a folder: type --data_dir FOLDER")
-        if self.data_dir is not None and not needs_files:  # to train on digits by mistake would be silent
-            raise UserError(
-                f"--data_dir is not for --dataset {self.dataset}: type another, or --data_dir null"
-            )
-        if self.download and not self.dataset.startswith("cifar") and self.from_pretrained != TIMM:
-            raise UserError(
-                f"--download cannot fetch {self.dataset}: type --dataset cifar10 or cifar100, or "
-                f"--from_pretrained {TIMM}"
-            )
-        if self.batch_size % self.accumulation_steps:
-            raise UserError(
-                f"--accumulation_steps must divide --batch_size: type a divisor of {self.batch_size}"
-            )
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise UserError(
-                "--nesterov is for --optimizer sgd and a --momentum above 0: type --nesterov false"
-            )
-        for name in ("betas", "eps"):
-            if self.optimizer != "adamw" and getattr(self, name) != self.default(name):
-                raise UserError(f"--{name} is for --optimizer adamw: leave it out, or type that")
-        if self.dtype == "float64" and self.mixed_precision != "no":
-            raise UserError("--dtype float64 excludes mixed precision: type --mixed_precision no")
-        if self.rounds is not None and self.warmup_rounds > self.rounds:
-            raise UserError(f"--warmup_rounds exceeds --rounds: type at most {self.rounds}")
-        self._check_strategy()
-        self._check_exchange()
-        self._check_rounds()
-        if not self.resume:
-            raise UserError("--resume is empty: type never, auto or the folder of a checkpoint")
-        if self.from_pretrained == "":
-            raise UserError(f"--from_pretrained is empty: type a file of weights, or {TIMM}")
+        check_combinations(self)
         for name in self.overridden:
             if name not in (*SHAPING, *PLANNED):
                 near = difflib.get_close_matches(name, SHAPING, 1)
                 hint = f" (did you mean {near[0]}?)" if near else f". Those that do: {', '.join(SHAPING)}"
                 raise UserError(f"--override {name!r}: no option of that name shapes training{hint}")
 
-    def _check_strategy(self) -> None:
-        strategy, depth = self.strategy, self.strategy == "stochastic_depth"
-        if not self.way.partitions and (self.warmup_rounds or (self.min_blocks and not depth)):
-            name = "min_blocks" if self.min_blocks and not depth else "warmup_rounds"
-            raise UserError(f"--{name} is for --strategy resist: with {strategy} all hold the full net")
-        if depth and not self.min_blocks:
-            raise UserError(
-                "--strategy stochastic_depth runs --min_blocks random pool blocks a step: type their number"
-            )
-        if self.compile_mode != "default" and not self.compile:
-            raise UserError(f"--compile_mode {self.compile_mode} is for --compile true: type that too")
-        if self.compile_mode != "default" and self.accumulation_steps > 1:
-            raise UserError(  # what a replayed pass has returned is overwritten by the next one
-                f"--compile_mode {self.compile_mode} cannot add up gradients: type --accumulation_steps 1, "
-                "or --compile_mode default"
-            )
-        if depth and self.compile:
-            raise UserError("--compile is not for --strategy stochastic_depth, whose net always changes")
-        if (self.way.lockstep or depth) and self.optimizer_state == "reset":
-            raise UserError(
-                f"--optimizer_state reset is not for --strategy {strategy}, which never re-partitions"
-            )
-        if self.way.lockstep and self.on_nan == "skip":
-            raise UserError(
-                f"--on_nan skip is not for --strategy {strategy}: a bad gradient reaches all ranks at once"
-            )
-        if self.deepspeed_config == "":
-            raise UserError("--deepspeed_config is empty: type DeepSpeed's JSON file")
-        if self.deepspeed_config is not None and not (self.way.partitions or self.way.stage):
-            raise UserError(
-                f"--deepspeed_config is for --strategy resist and zero1 to zero3, not for {strategy}"
-            )
-        if self.deepspeed_config is not None and self.warmup_rounds:
-            raise UserError("--warmup_rounds is not for --deepspeed_config, whose engines keep their size")
-        engines = self.way.spread or self.deepspeed_config is not None
-        if engines and self.mixed_precision == "fp16":
-            raise UserError("--mixed_precision fp16 is not for FSDP2 and DeepSpeed here: type bf16")
-        if engines and self.compile:
-            raise UserError("--compile is not for FSDP2 and DeepSpeed here: leave it out")
-        if engines and self.channels_last:
-            raise UserError("--channels_last is not for FSDP2 and DeepSpeed here: leave it out")
-        if self.way.stage and self.dtype == "float64":
-            raise UserError(f"--strategy {strategy} computes in float32: type --dtype float32")
-        if self.deepspeed_config is None and self.schedule == "deepspeed":
-            raise UserError("--schedule deepspeed needs a --deepspeed_config with a scheduler in it")
-
-    def _check_exchange(self) -> None:
-        """What is typed of wire and overlap, against the rest."""
-        if not self.way.averages and (self.wire != "exact" or self.overlap_steps):
-            name = "overlap_steps" if self.overlap_steps else "wire"
-            raise UserError(
-                f"--{name} is for --strategy resist and local_sgd, not for {self.strategy}, which exchanges "
-                "nothing at the end of a round"
-            )
-        if self.wire == "compact" and self.dtype == "float64":
-            raise UserError("--wire compact writes float32 shorter: type --dtype float32, or --wire exact")
-        if self.overlap_steps >= self.local_steps:
-            raise UserError(
-                f"--overlap_steps is {self.overlap_steps}: type less than --local_steps {self.local_steps}, "
-                "or more of those"
-            )
-        if self.overlap_steps and self.deepspeed_config is not None:
-            raise UserError(
-                "--overlap_steps is not for --deepspeed_config, whose engines show their state between "
-                "rounds: type --overlap_steps 0"
-            )
-
-    def _check_rounds(self) -> None:
-        """What is typed of the rounds' length, against the rest."""
-        if self.local_steps_max is None:
-            return
-        if not self.way.averages:
-            raise UserError(
-                f"--local_steps_max is for --strategy resist and local_sgd, not for {self.strategy}, whose "
-                "rounds are no more than the steps between two records"
-            )
-        if self.local_steps_max < self.local_steps:
-            raise UserError(
-                f"--local_steps_max is {self.local_steps_max}: type at least {self.local_steps}, "
-                "--local_steps, or fewer of those"
-            )
-        if self.schedule == "deepspeed":
-            raise UserError(
-                "--local_steps_max follows --schedule step or cosine: DeepSpeed's has a warm-up of its own "
-                "and ends by steps"
-            )
-
     @property
     def way(self) -> Strategy:
         """The facts of `--strategy`."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def inside(self) -> Strategy | None:
+        """How several ranks share each step of a net: those of a team, or all of them; None: a rank alone."""
+        if self.way.lockstep:
+            return self.way
+        return STRATEGIES[self.team_strategy] if self.team_size != 1 else None
 
     @property
     def two_betas(self) -> tuple[float, float]:
@@ -434,6 +321,14 @@ class Config:
     def test_scale(self, slots: int, pool: int) -> float:
         """Scale of the pool's residuals at test time."""
         return self.way.test_scale(slots, pool, self.min_blocks)
+
+    def parameters_held(self, parameters: int, sub_parameters: int, ranks: int) -> int:
+        """Parameters on a device: of the whole net, of a sub-ResNet, or a share of one of them."""
+        held = self.way.parameters_held(parameters, sub_parameters, ranks)
+        if self.inside and self.inside.spread_parameters and not self.way.lockstep:
+            assert isinstance(self.team_size, int)
+            held = -(-held // self.team_size)
+        return held
 
     @property
     def overridden(self) -> tuple[str, ...]:

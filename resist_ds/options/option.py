@@ -7,6 +7,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+TIMM = "timm"  # of --from_pretrained: timm's own weights
+
 
 def option(
     default: T | Callable[[], T],

@@ -14,7 +14,7 @@ share a GPU, gloo carries blocks and statistics through host memory.)
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +29,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resist_ds.comm import Comm
 from resist_ds.nets.blueprint import Blueprint, Statistics
-from resist_ds.nets.subnet import Subnet, bind
+from resist_ds.nets.shards import join_part
+from resist_ds.nets.subnet import bind
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, Partition
+from resist_ds.protocol.workers import Shown
 
 GROUP = 32  # calibration images that go together through the net on a CPU; see `_group`
 
@@ -93,8 +95,7 @@ class Evaluation:
     @torch.no_grad()
     def run(
         self,
-        subnet: Subnet,
-        vectors: Mapping[int, Tensor],
+        shown: Shown,
         deal: Partition,
         scale: float,
         autocast: AbstractContextManager[Any] | None = None,
@@ -103,13 +104,13 @@ class Evaluation:
         """Test the global model. Collective: all ranks; call it after a hand-off.
 
         Args:
-            subnet: its shared part must be in place; its BatchNorm buffers are written.
-            vectors: state vector of each worker that this rank plays.
+            shown: by this rank; its sub-ResNet's BatchNorm buffers are written.
             deal: the partition that the vectors are in.
             scale: the test scale of the round that was trained.
             free: bytes for waiting test activations, unless `--eval_memory` says how many; at least a batch.
         """
-        walk = _Walk(self, subnet, vectors, deal, scale)
+        subnet = shown.subnet
+        walk = _Walk(self, shown, deal, scale)
         mine = range(self.comm.rank, len(self._batches), self.comm.size)
         test = self.data.test_batches([self._batches[i] for i in mine], **self._convert)
         subnet.module.eval()
@@ -188,16 +189,15 @@ class _Walk:
     def __init__(
         self,
         evaluation: Evaluation,
-        subnet: Subnet,
-        vectors: Mapping[int, Tensor],
+        shown: Shown,
         deal: Partition,
         scale: float,
     ):
         self.evaluation = evaluation
-        self.vectors = vectors
+        subnet, self.vectors, self.held = shown
         self.deal = deal
         self.scale = scale
-        self.state = subnet.layout
+        self.block = subnet.layout.block
         self.module_vector = subnet.vector  # on the device, in the numbers, that this rank computes with
         # {BatchNorm: its mean and variance on the device}: float64 [2, C]; and in the numbers that it takes
         self._exact: dict[str, Tensor] = {}
@@ -289,7 +289,7 @@ class _Walk:
 
         Where two blocks fit into the transit budget, the next one travels while this one works.
         """
-        block_bytes = self.state.block.parameters * self.module_vector.element_size()
+        block_bytes = self.block.parameters * self.module_vector.element_size()
         ahead = 2 * block_bytes <= self.evaluation.transit
         berths = [_Berth(self) for _ in range(1 + ahead)]
         for block in range(self.deal.pool):
@@ -304,17 +304,21 @@ class _Walk:
 
 
 class _Berth:
-    """Room for one pool block in transit: a flat vector and a module whose parameters are views of it."""
+    """Room for one pool block in transit: a flat vector and a module whose parameters are views of it.
+
+    A block that lies on the lanes of a team in parts comes in as many, and is put together here.
+    """
 
     def __init__(self, walk: _Walk):
         self.walk = walk
-        comm, layout = walk.evaluation.comm, walk.state.block
+        comm, layout, held = walk.evaluation.comm, walk.block, walk.held.block
         here = walk.module_vector
-        self.buffer = comm.buffer(layout.parameters, here)
+        self.parts = [comm.buffer(held.parameters, here) for _ in range(held.lanes)]
+        in_place = held.lanes == 1 and self.parts[0].device == here.device
         self.values = (
-            self.buffer
-            if self.buffer.device == here.device
-            else torch.empty_like(self.buffer, device=here.device)
+            self.parts[0]
+            if in_place
+            else torch.empty(layout.parameters, dtype=here.dtype, device=here.device)
         )
         self.module = walk.evaluation.blueprint.pool_block()
         bind(self.module, layout.views(self.values))
@@ -323,21 +327,28 @@ class _Berth:
     def fetch(self, block: int) -> None:
         """Start bringing a block here, folded by its owner. Collective: all ranks."""
         walk = self.walk
-        comm, layout, deal = walk.evaluation.comm, walk.state.block, walk.deal
+        comm, layout, deal = walk.evaluation.comm, walk.held.block, walk.deal
         owner = deal.owners[block]
-        if owner in walk.vectors:
-            part = walk.state.slot_part(walk.vectors[owner], deal.blocks[owner].index(block))
-            # Nobody writes an idle worker's vector, which is pinned, before the device has been waited for.
-            part = part[: layout.parameters]
-            self.buffer.copy_(part, non_blocking=self.buffer.device.type == "cuda")
-            walk.evaluation.blueprint.fold(layout.views(self.buffer), walk.scale)
-        self._wait = comm.broadcast(self.buffer, walk.evaluation.layout.rank_of(owner), "eval")
+        self._waits = []
+        for lane, buffer in enumerate(self.parts):
+            root = walk.evaluation.layout.rank_of(owner, lane)
+            if comm.rank == root:
+                part = walk.held.slot_part(walk.vectors[owner], deal.blocks[owner].index(block))
+                # Nobody writes an idle worker's vector, which is pinned, before the device was waited for.
+                part = part[: layout.parameters]
+                buffer.copy_(part, non_blocking=buffer.device.type == "cuda")
+                walk.evaluation.blueprint.fold(layout.views(buffer), walk.scale)
+            self._waits.append(comm.broadcast(buffer, root, "eval"))
 
     def arrived(self) -> nn.Module:
         """Wait for the block and return it."""
-        self._wait()
-        if self.values is not self.buffer:  # the host waits: it will write another block into the buffer
-            self.values.copy_(self.buffer)
+        for wait in self._waits:
+            wait()
+        layout = self.walk.held.block
+        if layout.lanes > 1:
+            join_part(layout, self.walk.block, self.parts, self.values)
+        elif self.values is not self.parts[0]:  # the host waits: it will write another block into the buffer
+            self.values.copy_(self.parts[0])
         return self.module
 
 

@@ -23,7 +23,7 @@ from resist_ds.protocol.evaluate import Evaluation, Result
 from resist_ds.protocol.overlap import Overlap
 from resist_ds.protocol.partition import Layout, Partition, sample_partition
 from resist_ds.protocol.sync import Synchroniser
-from resist_ds.protocol.workers import RankWorkers, owned
+from resist_ds.protocol.workers import RankWorkers
 from resist_ds.state.run_state import State, config_hash, versions
 from resist_ds.state.saver import Saver
 from resist_ds.state.start import Start
@@ -74,6 +74,7 @@ class GlobalModel:
             travel=travel,
             compact=config.wire == "compact",
             vectors=self.workers.vectors,
+            replicas=not (config.inside and config.inside.spread),
         )
 
         self.overlap = Overlap(comm, self.sync, self.workers.layout, travel=travel)
@@ -95,7 +96,7 @@ class GlobalModel:
         """Of a rank, in the round that was trained; copies of replicas count."""
         blueprint = self.blueprint
         held = blueprint.parameters_held(self.trained.slots)
-        return self._config.way.parameters_held(blueprint.parameters, held, self._comm.size)
+        return self._config.parameters_held(blueprint.parameters, held, self._comm.size)
 
     def finish(self, round: int, lost: frozenset[int] = frozenset()) -> None:
         """Complete what has begun behind local steps, in place of `synchronise`. Collective: all ranks.
@@ -134,6 +135,10 @@ class GlobalModel:
         try:
             yield
         except Exception as error:
+            if (
+                self._config.inside is not None
+            ):  # its team waits in a step, and learns of it by this rank's end
+                raise
             if steps and not self.overlap.running:  # the others wait for this rank
                 self._begin(round, error)
             try:
@@ -164,9 +169,9 @@ class GlobalModel:
         Args:
             free: bytes for test activations, see `Evaluation.run`.
         """
-        subnet, vectors = self.workers.for_evaluation(self.deal)
+        shown = self.workers.for_evaluation(self.deal)
         cast = autocast(self._config, self._comm.device)
-        result = evaluation.run(subnet, vectors, self.deal, self.test_scale, cast, free)
+        result = evaluation.run(shown, self.deal, self.test_scale, cast, free)
         dtype = getattr(torch, self._config.dtype)  # as they are saved: float64's may be too large for it
         if all(is_finite(values.to(dtype)) for pair in result.statistics.values() for values in pair):
             self.statistics, self.statistics_round = result.statistics, round + 1
@@ -212,10 +217,7 @@ class GlobalModel:
 
     def _owned(self) -> StateDict:
         """The partitioned state dict: of shared, what all workers have agreed on. Collective: all ranks."""
-        if self.ahead:
-            layout, vectors = self.workers.layout, self.workers.vectors
-            return owned(self.blueprint, layout, vectors, self.deal, self.overlap.shared)
-        return self.workers.owned(self.deal)
+        return self.workers.owned(self.deal, self.overlap.shared if self.ahead else None)
 
     def _kept(self) -> dict[str, Tensor]:
         """{"<worker>.<kind>": what each of this rank's workers holds alone}, as a checkpoint has it."""

@@ -19,22 +19,43 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Layout:
-    """Which rank plays which worker: worker w is played by rank ⌊w·R/W⌋.
+    """Which ranks play which worker: worker w is played by team ⌊w·T/W⌋, a team being G consecutive ranks.
 
-    Workers are a number of the algorithm, ranks a number of the machine; any W ≥ R goes on R ranks.
+    Workers are a number of the algorithm, ranks and teams numbers of the machine; any W ≥ T goes on T teams.
+    The ranks that have the same place in their teams are a lane: a synchronisation runs along lanes.
+
+    Attributes:
+        workers, ranks: W and R.
+        team_size: G; a team of one is a rank.
     """
 
     workers: int
     ranks: int
+    team_size: int = 1
 
     def __post_init__(self) -> None:
-        assert 1 <= self.ranks <= self.workers, (self.workers, self.ranks)
+        assert self.ranks % self.team_size == 0, (self.ranks, self.team_size)
+        assert 1 <= self.teams <= self.workers, (self.workers, self.ranks, self.team_size)
 
-    def rank_of(self, worker: int) -> int:
-        return worker * self.ranks // self.workers
+    @property
+    def teams(self) -> int:
+        """T = R/G."""
+        return self.ranks // self.team_size
+
+    def lane_of(self, rank: int) -> int:
+        """A rank's place in its team."""
+        return rank % self.team_size
+
+    def team_of(self, worker: int) -> int:
+        return worker * self.teams // self.workers
+
+    def rank_of(self, worker: int, lane: int = 0) -> int:
+        """The one of its team's ranks that has this place."""
+        return self.team_of(worker) * self.team_size + lane
 
     def workers_of(self, rank: int) -> tuple[int, ...]:
-        return tuple(w for w in range(self.workers) if self.rank_of(w) == rank)
+        team = rank // self.team_size
+        return tuple(w for w in range(self.workers) if self.team_of(w) == team)
 
 
 @dataclass(frozen=True)
@@ -126,7 +147,7 @@ class Move:
     Attributes:
         piece: index of the pool block, or of the chunk of shared.
         source: the worker that it leaves.
-        targets: the workers that it reaches; all are played by the same rank, so it is sent once.
+        targets: the workers that it reaches; all are played by the same team, so it is sent once.
     """
 
     piece: int
@@ -180,11 +201,11 @@ def plan_hand_off(now: Partition, then: Partition, layout: Layout) -> Exchange:
     """Every piece from its owner to its next holders; what stays in the same slot does not move."""
 
     def moves(piece: int, owner: int, holders: tuple[int, ...], stays: bool) -> list[Move]:
-        by_rank: dict[int, list[int]] = {}
+        by_team: dict[int, list[int]] = {}
         for holder in holders:
             if not (stays and holder == owner):
-                by_rank.setdefault(layout.rank_of(holder), []).append(holder)
-        return [Move(piece, owner, tuple(targets)) for targets in by_rank.values()]
+                by_team.setdefault(layout.team_of(holder), []).append(holder)
+        return [Move(piece, owner, tuple(targets)) for targets in by_team.values()]
 
     blocks: list[Move] = []
     for block, owner in enumerate(now.owners):
@@ -229,14 +250,14 @@ def spread(sizes: Mapping[str, int], loads: Sequence[int]) -> dict[str, int]:
 def slice_length(moves: tuple[Move, ...], layout: Layout, numel: int, budget: int, multiple: int = 1) -> int:
     """How many elements of every piece one pass of an exchange may carry within `budget` elements.
 
-    A pass holds, on each rank, all it sends and all it receives of that slice; the busiest rank decides.
+    A pass holds, on each rank, all it sends and all it receives of that slice; the busiest team's decide.
 
     Args:
         multiple: of elements, unless the pieces are shorter.
     """
-    load = [0] * layout.ranks
+    load = [0] * layout.teams
     for move in moves:
-        load[layout.rank_of(move.source)] += 1
-        load[layout.rank_of(move.targets[0])] += 1
+        load[layout.team_of(move.source)] += 1
+        load[layout.team_of(move.targets[0])] += 1
     length = budget // max(1, *load)
     return max(1, min(numel, max(multiple, length - length % multiple)))

@@ -2,6 +2,8 @@
 
 On the exact wire there are two groups, pool blocks and chunks of shared, each piece one range of a vector. On
 the compact wire every kind of number is a group of its own, so that all of a group is written alike.
+
+Where all ranks of a team hold the whole vector, each lane carries its own slice of every part.
 """
 
 from collections import Counter
@@ -33,6 +35,8 @@ class Pieces:
     Attributes:
         of: whose pieces.
         lengths: elements of each piece that take part.
+        longest: of a piece, on the lane that has most: all lanes go through so many.
+        lanes: [start, stop) of what each lane carries, in the part of a vector that the pieces are of.
         start: (piece, worker, partition) → where the piece begins in that worker's vector.
         code: in which it travels; None: as it is.
         differences: what travels is how far they are from what all workers agreed on.
@@ -40,6 +44,8 @@ class Pieces:
 
     of: Literal["blocks", "shared"]
     lengths: tuple[int, ...]
+    longest: int
+    lanes: tuple[tuple[int, int], ...]
     start: Callable[[int, int, Partition], int]
     code: Code | None = None
     differences: bool = False
@@ -62,12 +68,27 @@ class Pieces:
         return numel * itemsize if self.code is None else self.code.nbytes(numel)
 
 
+@dataclass(frozen=True)
+class Lane:
+    """Whose slice of every part is carried: that of lane `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def slices(self, start: int, stop: int, multiple: int) -> tuple[tuple[int, int], ...]:
+        """What each lane carries of [start, stop): as much as any other, but for the last ones."""
+        return tuple((start + a, start + b) for a, b in chunk_bounds(stop - start, self.count, multiple))
+
+
+WHOLE = Lane()
+
+
 def groups_for(
-    state: StateLayout, pool: int, workers: int, *, travel: bool, compact: bool
+    state: StateLayout, pool: int, workers: int, *, travel: bool, compact: bool, lane: Lane = WHOLE
 ) -> tuple[Pieces, ...]:
     """What a run's synchronisations carry. One worker has nobody to write to, on any wire."""
     groups = compact_groups if compact and workers > 1 else exact_groups
-    return groups(state, pool, workers, travel)
+    return groups(state, pool, workers, travel, lane)
 
 
 def groups_of(state: StateLayout, config: Config, pool: int, workers: int) -> tuple[Pieces, ...]:
@@ -76,15 +97,19 @@ def groups_of(state: StateLayout, config: Config, pool: int, workers: int) -> tu
     return groups_for(state, pool, workers, travel=travel, compact=compact)
 
 
-def exact_groups(state: StateLayout, pool: int, workers: int, travel: bool) -> tuple[Pieces, ...]:
+def exact_groups(
+    state: StateLayout, pool: int, workers: int, travel: bool, lane: Lane = WHOLE
+) -> tuple[Pieces, ...]:
     """Pool blocks and chunks of shared, all of them that takes part."""
     return (
-        _blocks(state, pool, 0, state.block.exchanged(travel)),
-        _chunks(state.shared.exchanged(travel), 0, workers, multiple=1),
+        _blocks(state, pool, (0, state.block.exchanged(travel)), lane),
+        _chunks((0, state.shared.exchanged(travel)), workers, lane, multiple=1),
     )
 
 
-def compact_groups(state: StateLayout, pool: int, workers: int, travel: bool) -> tuple[Pieces, ...]:
+def compact_groups(
+    state: StateLayout, pool: int, workers: int, travel: bool, lane: Lane = WHOLE
+) -> tuple[Pieces, ...]:
     """Of pool blocks and of shared: each row's matrices in a code, its one-dimensional tensors as they are.
 
     Raises:
@@ -92,9 +117,10 @@ def compact_groups(state: StateLayout, pool: int, workers: int, travel: bool) ->
     """
     groups = []
     for lo, hi, code in _ranges(state, state.block, travel, wire.BF16):
-        groups.append(_blocks(state, pool, lo, hi - lo, code))
+        groups.append(_blocks(state, pool, (lo, hi), lane, code))
     for lo, hi, code in _ranges(state, state.shared, travel, wire.INT8):
-        groups.append(_chunks(hi - lo, lo, workers, BLOCK, code, differences=lo == 0 and code is not None))
+        differences = lo == 0 and code is not None
+        groups.append(_chunks((lo, hi), workers, lane, BLOCK, code, differences))
     return tuple(groups)
 
 
@@ -113,23 +139,40 @@ def _ranges(
         yield len(rows) * part.parameters, part.numel, None
 
 
-def _blocks(state: StateLayout, pool: int, offset: int, length: int, code: Code | None = None) -> Pieces:
+def _blocks(
+    state: StateLayout, pool: int, part: tuple[int, int], lane: Lane, code: Code | None = None
+) -> Pieces:
+    """Elements [start, stop) of every pool block."""
+    lanes = lane.slices(*part, multiple=1 if code is None else BLOCK)
+    offset, stop = lanes[lane.index]
     return Pieces(
         "blocks",
-        lengths=(length,) * pool,
+        lengths=(stop - offset,) * pool,
+        longest=lanes[0][1] - lanes[0][0],
+        lanes=lanes,
         start=lambda piece, worker, deal: state.slot_offset(deal.blocks[worker].index(piece)) + offset,
         code=code,
     )
 
 
 def _chunks(
-    numel: int, offset: int, workers: int, multiple: int, code: Code | None = None, differences: bool = False
+    part: tuple[int, int],
+    workers: int,
+    lane: Lane,
+    multiple: int,
+    code: Code | None = None,
+    differences: bool = False,
 ) -> Pieces:
-    """Elements [offset, offset + numel) of shared, cut into a chunk for each worker."""
-    bounds = chunk_bounds(numel, workers, multiple)
+    """Elements [start, stop) of shared, cut into a chunk for each worker."""
+    lanes = lane.slices(*part, multiple)
+    offset, end = lanes[lane.index]
+    bounds = chunk_bounds(end - offset, workers, multiple)
+    first = chunk_bounds(lanes[0][1] - lanes[0][0], workers, multiple)[0]
     return Pieces(
         "shared",
         lengths=tuple(stop - start for start, stop in bounds),
+        longest=first[1] - first[0],
+        lanes=lanes,
         start=lambda piece, worker, deal: offset + bounds[piece][0],
         code=code,
         differences=differences,
@@ -139,13 +182,17 @@ def _chunks(
 def bytes_sent(
     groups: tuple[Pieces, ...], now: Partition, then: Partition, layout: Layout, itemsize: int
 ) -> int:
-    """Bytes that leave a rank when `now` is synchronised and handed to `then`, over all ranks."""
+    """Bytes that leave a team when `now` is synchronised and handed to `then`, over all ranks.
+
+    Args:
+        groups: that a lane carries, or all lanes together.
+    """
     plans = plan_aggregate(now), plan_hand_off(now, then, layout)
 
     def crossings(of: Pieces) -> Counter[int]:
-        """How often each piece leaves a rank."""
+        """How often each piece leaves a team."""
         moves = (move for plan in plans for move in of.moves(plan))
-        return Counter(m.piece for m in moves if layout.rank_of(m.source) != layout.rank_of(m.targets[0]))
+        return Counter(m.piece for m in moves if layout.team_of(m.source) != layout.team_of(m.targets[0]))
 
     times = {kind: crossings(of) for kind, of in {group.of: group for group in groups}.items()}
     return sum(

@@ -33,7 +33,8 @@ from resist_ds.protocol.partition import (
     plan_hand_off,
     slice_length,
 )
-from resist_ds.protocol.pieces import Pieces, groups_for
+from resist_ds.protocol.pieces import WHOLE, Lane, Pieces, groups_for
+from resist_ds.protocol.team_gather import TeamGather
 from resist_ds.protocol.wire import BLOCK
 
 BERTH = 16  # bytes: a multiple of it is where a parcel may begin in the buffer
@@ -51,6 +52,8 @@ class Synchroniser:
         travel: whether optimizer state goes with its piece and is averaged like it.
         compact: the wire.
         vectors: of this rank's workers as they begin, on the compact wire.
+        replicas: all ranks of a team hold the same vectors: each lane carries its slice, and they gather them
+            inside the team. Otherwise a lane's vectors are a part of their own.
 
     Attributes:
         blocks, shared: the groups of pieces of each, which together are synchronised.
@@ -69,9 +72,11 @@ class Synchroniser:
         travel: bool,
         compact: bool = False,
         vectors: Mapping[int, Tensor] | None = None,
+        replicas: bool = True,
     ):
         self.comm = comm
         self.layout = layout
+        self._lane = layout.lane_of(comm.rank)
         # A GPU's copies should be long: 4 MiB of float32. Its sums and berth take at most 16 bytes an
         # element, and a quarter of the budget.
         on_gpu = comm.device.type == "cuda"
@@ -81,7 +86,10 @@ class Synchroniser:
         self._transit = torch.empty(0)
         self._block_length = state.block.exchanged(travel)
         self._gradients = state.shared.parameters + state.slots * state.block.parameters
-        groups = groups_for(state, pool, layout.workers, travel=travel, compact=compact)
+        gathers = replicas and layout.team_size > 1 and layout.workers > 1
+        lane = Lane(self._lane, layout.team_size) if replicas else WHOLE
+        groups = groups_for(state, pool, layout.workers, travel=travel, compact=compact, lane=lane)
+        self._gathered = TeamGather(comm, layout, state) if gathers else None
         self.blocks, self.shared = (
             tuple(group for group in groups if group.of == of) for of in ("blocks", "shared")
         )
@@ -176,6 +184,9 @@ class Synchroniser:
                         if place.data_ptr() != arrived[move.piece, move.source].data_ptr():
                             place.copy_(arrived[move.piece, move.source], non_blocking=True)
         self._settle(vectors)
+        if self._gathered is not None:
+            self._gathered.run(vectors, groups or self.blocks + self.shared, self._transit)
+            self._settle(vectors)
 
     def _staying(self, now: Partition, moves: Sequence[Move]) -> list[tuple[int, int]]:
         """(block, owner) of those of this rank's workers' blocks that go to nobody."""
@@ -194,7 +205,8 @@ class Synchroniser:
             torch.cuda.current_stream(self.comm.device).synchronize()
 
     def _rank(self, worker: int) -> int:
-        return self.layout.rank_of(worker)
+        """That of its team in this rank's lane."""
+        return self.layout.rank_of(worker, self._lane)
 
     def _slices(
         self, group: Pieces, moves: Sequence[Move], vectors: Mapping[int, Tensor]
@@ -202,7 +214,7 @@ class Synchroniser:
         """[lo, hi) of each pass, within the budget; one pass with nothing to carry where nothing moves."""
         like = next(iter(vectors.values()))
         budget = max(min(self.budget // like.element_size(), self._gradients), self._block_length)
-        longest, multiple = max(group.lengths), 1
+        longest, multiple = group.longest, 1
         if group.code is not None:
             multiple = BLOCK
             parcel = group.code.nbytes(BLOCK) + BERTH

@@ -7,7 +7,7 @@ that is spread over all ranks.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,20 @@ from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, Partition, spread
 
 
+class Shown(NamedTuple):
+    """What a rank shows of the global model, for an evaluation.
+
+    Attributes:
+        subnet: with the shared part in its place.
+        vectors: {worker: vector} of those that this rank plays.
+        layout: of these vectors; where lanes share it, each shows its rows.
+    """
+
+    subnet: Subnet
+    vectors: Mapping[int, Tensor]
+    layout: StateLayout
+
+
 class RankWorkers(ABC):
     """What a rank holds of the global model.
 
@@ -28,7 +42,7 @@ class RankWorkers(ABC):
         steps: local steps that the run has already done.
 
     Attributes:
-        layout: of each worker's vector.
+        layout: of each worker's vector, or of this lane's part of it.
         copies: bytes of host memory for round-start copies that exist for nothing else.
         idle: bytes of pinned host memory for workers that wait for their turn on a GPU.
     """
@@ -51,7 +65,10 @@ class RankWorkers(ABC):
         self._config = config
         self._source = source or Initialisation(blueprint, config.seed)
         self._steps = steps
-        self.layout = StateLayout.of(blueprint, config, deal.slots)
+        inside = config.inside
+        self._lane, self._lanes = layout.lane_of(comm.rank), layout.team_size
+        self._shards = layout.team_size if inside and inside.spread else 1
+        self.layout = StateLayout.of(blueprint, config, deal.slots, self._shards)
         self._make(deal)
 
     @abstractmethod
@@ -73,19 +90,46 @@ class RankWorkers(ABC):
         return {}
 
     @abstractmethod
-    def for_evaluation(self, deal: Partition) -> tuple[Subnet, dict[int, Tensor]]:
-        """A sub-ResNet with the shared part, and {worker: vector} laid out like it. Collective: all ranks."""
+    def for_evaluation(self, deal: Partition) -> Shown:
+        """What this rank shows of the global model. Collective: all ranks."""
 
     @abstractmethod
-    def owned(self, deal: Partition) -> StateDict:
+    def owned(self, deal: Partition, agreed: Mapping[int, Tensor] | None = None) -> StateDict:
         """The partitioned state dict: what this rank's workers own, by timm's names.
 
         Collective: all ranks.
+
+        Args:
+            agreed: what all agreed on of shared, where the vectors have gone on from there.
         """
 
     @abstractmethod
     def resize(self, slots: int) -> None:
         """Go on with fewer slots, when warm-up ends: the first ones of each state are kept."""
+
+
+class Writers:
+    """Which worker, and which lane of its team, writes each tensor of the global model into a checkpoint.
+
+    A pool block belongs to its owner, and the shared tensors, which all workers hold, are spread so that all
+    own about as much; a team's ranks share what its workers own.
+
+    Args:
+        lanes: G.
+    """
+
+    def __init__(self, layout: StateLayout, deal: Partition, lanes: int = 1):
+        places = [(worker, lane) for worker in range(deal.workers) for lane in range(lanes)]
+        loads = dict.fromkeys(places, 0)
+        self.of_block: list[tuple[int, int]] = []
+        owned = [0] * deal.workers
+        for owner in deal.owners:
+            self.of_block.append((owner, owned[owner] % lanes))
+            owned[owner] += 1
+            loads[self.of_block[-1]] += layout.block.parameters
+        sizes = {name: math.prod(shape) for name, shape in layout.shared.shapes}
+        given = spread(sizes, list(loads.values()))
+        self.of_shared = {name: places[place] for name, place in given.items()}
 
 
 def owned(
@@ -94,24 +138,24 @@ def owned(
     vectors: Mapping[int, Tensor],
     deal: Partition,
     agreed: Mapping[int, Tensor] | None = None,
+    lane: tuple[int, int] = (0, 1),
 ) -> StateDict:
     """What some workers own of the global model, as views of their vectors, by timm's names.
 
-    A pool block belongs to its owner, and the shared tensors, which all workers hold, are spread so
-    that all own about as much; every tensor of the global model is named on exactly one rank.
+    Every tensor of the global model is named on exactly one rank.
 
     Args:
         agreed: what all agreed on of shared, where `vectors` have gone on from there.
+        lane: this rank's place in its team, and G; all of a team hold the same vectors.
     """
     state: StateDict = {}
-    shared, block = layout.shared, layout.block
-    loads = [deal.owners.count(worker) * block.parameters for worker in range(deal.workers)]
-    owner = spread({name: math.prod(shape) for name, shape in shared.shapes}, loads)
+    index, lanes = lane
+    writers = Writers(layout, deal, lanes)
     for worker, vector in vectors.items():
-        tensors = shared.tensors(layout.shared_part((agreed or vectors)[worker]))
-        state |= {name: t for name, t in tensors.items() if owner[name] == worker}
+        tensors = layout.shared.tensors(layout.shared_part((agreed or vectors)[worker]))
+        state |= {name: t for name, t in tensors.items() if writers.of_shared[name] == (worker, index)}
         for slot, b in enumerate(deal.blocks[worker]):
-            if deal.owners[b] == worker:
-                tensors = block.tensors(layout.slot_part(vector, slot))
+            if writers.of_block[b] == (worker, index):
+                tensors = layout.block.tensors(layout.slot_part(vector, slot))
                 state |= {blueprint.block_prefix(b) + name: t for name, t in tensors.items()}
     return state

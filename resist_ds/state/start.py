@@ -20,7 +20,8 @@ from resist_ds.nets.blueprint import Blueprint, Statistics
 from resist_ds.nets.initial import Initialisation, Source
 from resist_ds.nets.pretrained import Pretrained
 from resist_ds.nets.subnet import OptimizerState
-from resist_ds.options.config import FIELDS, PLANNED, SHAPING, TIMM, Config
+from resist_ds.options.config import FIELDS, PLANNED, SHAPING, Config
+from resist_ds.options.option import TIMM
 from resist_ds.state.checkpoint import WORKERS, Checkpoint, newest_first
 from resist_ds.state.folder import RunFolder
 from resist_ds.state.run_state import State
@@ -83,8 +84,8 @@ class Start:
             )
         return threads
 
-    def workers(self, ranks: int) -> int:
-        """W: what was asked for, the resumed run's, or one per rank. Raises `UserError` if it is below R."""
+    def workers(self, ranks: int, team_size: int) -> int:
+        """W: what was asked for, the resumed run's, or one per team. Raises `UserError` if it is below T."""
         asked, before = self._config.workers, self.state.workers if self.state else None
         strategy = self._config.strategy
         if self._config.way.lockstep:
@@ -100,12 +101,14 @@ class Start:
                     "--strategy stochastic_depth has one worker: type --workers 1, and start one rank"
                 )
             return 1
-        workers = asked or before or (ranks if ranks > 1 else 4)
-        if workers < ranks:
+        teams = ranks // team_size
+        workers = asked or before or (teams if teams > 1 else 4)
+        if workers < teams:
             whose = "" if asked else " of the checkpoint"
+            many = f"{teams} ranks" if team_size == 1 else f"{teams} teams of {team_size} ranks"
             raise UserError(
-                f"--workers {workers}{whose} is less than the {ranks} ranks: "
-                f"type --workers {ranks} or more, or start fewer ranks"
+                f"--workers {workers}{whose} is less than the {many}: "
+                f"type --workers {teams} or more, or start fewer ranks"
             )
         return workers
 

@@ -104,6 +104,15 @@ def in_front(ranks: Sequence[Figures]) -> float:
     return max(f.seconds.get("exposed", f.seconds.get("sync", 0.0)) for f in ranks)
 
 
+def tallies_of(ranks: Sequence[Figures]) -> dict[int, Tally]:
+    """Each worker's tally; of one that a team has played, its ranks' together."""
+    found: dict[int, Tally] = {}
+    for figures in ranks:
+        for worker, tally in figures.tallies.items():
+            found[worker] = found[worker].beside(tally) if worker in found else tally
+    return dict(sorted(found.items()))
+
+
 def memory_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
     """mem/… keys: peaks over the interval's phases, GiB; of the largest rank, and of each."""
     peaks = [max(f.peak.values()) for f in ranks]
@@ -117,7 +126,7 @@ def memory_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
 
 def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
     """train/…, perf/…, comm/… and mem/… keys of a round from all ranks' figures."""
-    tallies = dict(sorted(item for f in ranks for item in f.tallies.items())).values()
+    tallies = tallies_of(ranks).values()
     images = sum(t.images for t in tallies)
     seconds = max(f.seconds.get("local", 0.0) + in_front([f]) for f in ranks)
     each = images or math.nan  # a round that was dropped for all workers has no loss
@@ -129,6 +138,7 @@ def round_metrics(ranks: Sequence[Figures]) -> dict[str, float]:
         "perf/sync_s": slowest(ranks, "sync"),
         "perf/sync_exposed_s": in_front(ranks),
         "comm/bytes_round": sum(f.sent[kind] for f in ranks for kind in SYNC),
+        **({"comm/bytes_team": team} if (team := sum(f.sent["team"] for f in ranks)) else {}),
         **memory_metrics(ranks),
     }
 
@@ -176,10 +186,10 @@ class Totals:
     def add(self, ranks: Sequence[Figures]) -> None:
         self.seconds_sync += slowest(ranks, "sync")
         self.seconds_exposed += in_front(ranks)
+        for worker, tally in tallies_of(ranks).items():
+            self.images[worker] += tally.images
+            self.seconds[worker] += tally.seconds  # type: ignore[assignment]
         for rank, figures in enumerate(ranks):
-            for worker, tally in figures.tallies.items():
-                self.images[worker] += tally.images
-                self.seconds[worker] += tally.seconds  # type: ignore[assignment]
             for phase, peak in figures.peak.items():
                 self.peak[phase, rank] = max(peak, self.peak.get((phase, rank), 0))
             self.bytes_sync += sum(figures.sent[kind] for kind in SYNC)

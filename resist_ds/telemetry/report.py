@@ -74,7 +74,7 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     pool, workers = blueprint.pool, layout.workers
     slots = slots_for(workers, pool, config.least_blocks(pool))
     sub_resnet = blueprint.parameters_held(slots)
-    held = config.way.parameters_held(blueprint.parameters, sub_resnet, comm.size) / blueprint.parameters
+    held = config.parameters_held(blueprint.parameters, sub_resnet, comm.size) / blueprint.parameters
     blocks = f"K = {slots} of {pool} pool blocks" if config.way.partitions else f"the pool of {pool} blocks"
     if config.way.spread_parameters:
         blocks = "a share of every tensor"
@@ -158,7 +158,7 @@ def closing(
     """
     blueprint, layout = job.blueprint, job.layout
     full, way = blueprint.parameters, job.config.way
-    held = way.parameters_held(full, blueprint.parameters_held(deal.slots), layout.ranks)
+    held = job.config.parameters_held(full, blueprint.parameters_held(deal.slots), layout.ranks)
     blocks = (
         "spread" if way.spread_parameters else f"{deal.slots if way.partitions else deal.pool} of {deal.pool}"
     )
