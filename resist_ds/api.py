@@ -143,8 +143,8 @@ class ResIST:
     def workers(self) -> Iterator[Turn]:
         """The workers that this rank plays, each in its turn. Go through all of them.
 
-        No communication, but in a team (`team_size`), whose ranks train a worker together, each on its own part
-        of the batch. Collective then: the team.
+        No communication, but in a team (`team_size`), whose ranks train a worker together, each on its own
+        part of the batch. Collective then: the team.
         """
         engine = self._workers.engine
         assert isinstance(engine, TorchStep)

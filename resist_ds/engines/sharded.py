@@ -41,12 +41,14 @@ class ShardedWorkers(Workers):
         dtype, device = getattr(torch, self._config.dtype), self._comm.device
         vector = torch.zeros(whole.numel, dtype=dtype, device=device)
         first = next(iter(self.vectors.values()))
-        self._gathering.shared(self.layout.shared_part(first), vector)
+        assert self.shards is not None
+        self.shards.shared(self.layout.shared_part(first), vector)
         return Shown(Subnet(self._blueprint, whole, self._config, device, vector), self.vectors, self.layout)
 
     def owned(self, deal: Partition, agreed: Mapping[int, Tensor] | None = None) -> StateDict:
         """What this rank writes of what its team's workers own, whole. Collective: all ranks."""
-        return self._gathering.owned(self.vectors, deal, agreed)
+        assert self.shards is not None
+        return self.shards.owned(self.vectors, deal, agreed)
 
     def _wrap(self) -> None:
         """Nothing: the engine is spread as it is made."""
@@ -58,7 +60,7 @@ class ShardedWorkers(Workers):
         comm, blueprint, config = self._comm, self._blueprint, self._config
         inside = Inside.of(comm, config)
         self.layout = StateLayout.of(blueprint, config, slots, self._shards)
-        self._gathering = TeamShards(comm, self._ranks, blueprint, self.layout)
+        self.shards = TeamShards(comm, self._ranks, blueprint, self.layout)
         self._in_place = None
         if config.team_strategy == "fsdp":
             from resist_ds.engines.fsdp import FSDPEngine

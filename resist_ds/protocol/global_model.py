@@ -19,6 +19,7 @@ from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.precision import autocast, is_finite
 from resist_ds.nets.subnet import OptimizerState, StateDict, Worker
 from resist_ds.options.config import Config
+from resist_ds.protocol.alone import Alone
 from resist_ds.protocol.evaluate import Evaluation, Result
 from resist_ds.protocol.overlap import Overlap
 from resist_ds.protocol.partition import Layout, Partition, sample_partition
@@ -79,6 +80,8 @@ class GlobalModel:
 
         self.overlap = Overlap(comm, self.sync, self.workers.layout, travel=travel)
         self.ahead: dict[int, Tensor] = {}
+        lanes = self.sync.differences.group.lanes if self.sync.differences else ()
+        self._alone = Alone(comm, layout, workers.layout, workers.shards, lanes)
         comm.agree(lambda: self._take_up(start))
         start.close()
 
@@ -219,13 +222,16 @@ class GlobalModel:
         """The partitioned state dict: of shared, what all workers have agreed on. Collective: all ranks."""
         return self.workers.owned(self.deal, self.overlap.shared if self.ahead else None)
 
-    def _kept(self) -> dict[str, Tensor]:
-        """{"<worker>.<kind>": what each of this rank's workers holds alone}, as a checkpoint has it."""
-        kept = {f"{worker}.shared": part for worker, part in self.ahead.items()}
+    def _kept(self) -> dict[str, dict[int, Tensor]]:
+        """{kind: {worker: what it holds alone}}, of the workers for which this rank writes it.
+
+        Collective: all ranks.
+        """
+        kept = {"shared": self._alone.whole("shared", self.ahead)} if self.ahead else {}
         if self.sync.differences is not None:
             if self._comm.device.type == "cuda":  # the errors may still be on their way to the host
                 torch.cuda.synchronize(self._comm.device)
-            kept |= {f"{worker}.error": error for worker, error in self.sync.differences.error.items()}
+            kept["error"] = self._alone.whole("error", self.sync.differences.error)
         return kept
 
     def _take_up(self, start: Start) -> None:
@@ -233,10 +239,10 @@ class GlobalModel:
         parts = self.overlap.shared_parts(self.workers.vectors)
         for worker, kind, values in start.kept(tuple(parts), self.layout.workers):
             if kind == "shared":
-                parts[worker].copy_(values)
+                self._alone.take("shared", parts[worker], values)
             else:
                 assert self.sync.differences is not None
-                self.sync.differences.error[worker].copy_(values)
+                self._alone.take("error", self.sync.differences.error[worker], values)
 
     def saver(self, folder: Path, *, background: bool) -> Saver:
         """What writes its checkpoints into a folder."""

@@ -42,6 +42,11 @@ class Layout:
         """T = R/G."""
         return self.ranks // self.team_size
 
+    @property
+    def most_workers(self) -> int:
+        """That a team plays."""
+        return -(-self.workers // self.teams)
+
     def lane_of(self, rank: int) -> int:
         """A rank's place in its team."""
         return rank % self.team_size

@@ -28,7 +28,7 @@ class TeamGather:
         self._lane = layout.lane_of(comm.rank)
         first = comm.rank - self._lane
         self._ranks = range(first, first + layout.team_size)
-        self._turns = max(len(layout.workers_of(rank)) for rank in range(layout.ranks))
+        self._turns = layout.most_workers
         self._state = state
 
     def run(self, vectors: Mapping[int, Tensor], groups: Sequence[Pieces], transit: Tensor) -> None:

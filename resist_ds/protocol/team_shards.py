@@ -16,7 +16,7 @@ from resist_ds.nets.shards import join
 from resist_ds.nets.subnet import PartLayout, StateDict, StateLayout
 from resist_ds.protocol.partition import Layout, Partition
 from resist_ds.protocol.team_gather import KIND
-from resist_ds.protocol.workers import Writers
+from resist_ds.protocol.writers import Writers
 
 AT_ONCE = 1 << 22  # elements of whole tensors that one exchange brings; one tensor at least
 
@@ -96,6 +96,28 @@ class TeamShards:
                     journeys += self._to_writer(found, prefix(block) + name, kinds, lane, state.block, name)
             self._bring(journeys)
         return found
+
+    def to_first(self, part: Tensor | None, here: PartLayout, whole: PartLayout) -> Tensor | None:
+        """A whole vector of a part, on the first lane, in host memory. Collective: all ranks.
+
+        Args:
+            part: this lane's, laid out by `here`; None: this team has none, as none of its lanes has.
+            whole: the layout of what is returned.
+        """
+        first = part is not None and self._lane == 0
+        out = torch.zeros(whole.numel, dtype=part.dtype) if first and part is not None else None
+        places = whole.tensors(out) if out is not None else {}
+        parts = here.tensors(part) if part is not None else {}
+        for names in _batches(here):
+            journeys = []
+            for name in names if part is not None else ():
+                for kind, rows in parts[name].items():
+                    if rows.dim():
+                        journeys.append(Journey(rows, (0,), places[name][kind] if first else None))
+                    elif first:  # a step counter: every lane has it
+                        places[name][kind].copy_(rows)
+            self._bring(journeys)
+        return out
 
     def _to_writer(
         self,

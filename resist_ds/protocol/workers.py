@@ -4,7 +4,6 @@ How they are trained is for `engines`, which has two kinds: workers that take tu
 that is spread over all ranks.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +15,9 @@ from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.initial import Initialisation, Source
 from resist_ds.nets.subnet import StateDict, StateLayout, Subnet
 from resist_ds.options.config import Config
-from resist_ds.protocol.partition import Layout, Partition, spread
+from resist_ds.protocol.partition import Layout, Partition
+from resist_ds.protocol.team_shards import TeamShards
+from resist_ds.protocol.writers import Writers
 
 
 class Shown(NamedTuple):
@@ -45,9 +46,11 @@ class RankWorkers(ABC):
         layout: of each worker's vector, or of this lane's part of it.
         copies: bytes of host memory for round-start copies that exist for nothing else.
         idle: bytes of pinned host memory for workers that wait for their turn on a GPU.
+        shards: what puts whole tensors together, where this rank holds its workers in part; else None.
     """
 
     copies = idle = 0
+    shards: TeamShards | None = None
 
     def __init__(
         self,
@@ -106,30 +109,6 @@ class RankWorkers(ABC):
     @abstractmethod
     def resize(self, slots: int) -> None:
         """Go on with fewer slots, when warm-up ends: the first ones of each state are kept."""
-
-
-class Writers:
-    """Which worker, and which lane of its team, writes each tensor of the global model into a checkpoint.
-
-    A pool block belongs to its owner, and the shared tensors, which all workers hold, are spread so that all
-    own about as much; a team's ranks share what its workers own.
-
-    Args:
-        lanes: G.
-    """
-
-    def __init__(self, layout: StateLayout, deal: Partition, lanes: int = 1):
-        places = [(worker, lane) for worker in range(deal.workers) for lane in range(lanes)]
-        loads = dict.fromkeys(places, 0)
-        self.of_block: list[tuple[int, int]] = []
-        owned = [0] * deal.workers
-        for owner in deal.owners:
-            self.of_block.append((owner, owned[owner] % lanes))
-            owned[owner] += 1
-            loads[self.of_block[-1]] += layout.block.parameters
-        sizes = {name: math.prod(shape) for name, shape in layout.shared.shapes}
-        given = spread(sizes, list(loads.values()))
-        self.of_shared = {name: places[place] for name, place in given.items()}
 
 
 def owned(

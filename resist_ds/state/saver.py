@@ -117,21 +117,29 @@ class Saver:
         return self._job is None or self._job.thread is None or not self._job.thread.is_alive()
 
     def start(
-        self, state: State, owned: StateDict, statistics: Statistics, kept: Mapping[str, Tensor]
+        self,
+        state: State,
+        owned: StateDict,
+        statistics: Statistics,
+        kept: Mapping[str, Mapping[int, Tensor]],
     ) -> None:
         """Begin a checkpoint; `settle` completes it. Collective: all ranks.
 
         Args:
             owned: the partitioned state dict of this rank's workers.
             statistics: BatchNorm's, of the whole global model.
-            kept: {"<worker>.<kind>": what each of these workers holds alone}, of the same kinds on all ranks.
+            kept: {kind: {worker: what it holds alone}} of those that this rank writes; all ranks have these
+                kinds.
         """
         assert not self.in_flight
         started = time.perf_counter()
         partial, error = self._comm.gather(self._make_folder(state.round))[0]
-        tensors = _select(self.specs, owned, statistics) | {WORKERS: dict(kept)}
-        kinds = {name.partition(".")[2] for name in kept}
-        alone = specs_of_workers(self._blueprint, self._dtype, self.optimizer, state.workers, kinds)
+        tensors = _select(self.specs, owned, statistics) | {
+            WORKERS: {
+                f"{worker}.{kind}": part for kind, parts in kept.items() for worker, part in parts.items()
+            }
+        }
+        alone = specs_of_workers(self._blueprint, self._dtype, self.optimizer, state.workers, kept)
         specs = {**self.specs, WORKERS: alone}
         self._job = job = _Job(state, partial, started, specs, Written(error=error))
         if error is not None:
@@ -187,10 +195,12 @@ class Saver:
                     continue
                 name = shard_name(group, rank, size)
                 specs = {n: job.specs[group][n] for n in tensors[group]}
+                job.written.names[group] = dict.fromkeys(specs, name)
+                if not specs:  # of a team's ranks one alone writes what its workers hold alone
+                    continue
                 metadata = {"format": "pt"}
                 entry = storage.write_safetensors(job.partial / name, tensors[group].items(), specs, metadata)
                 job.written.files[name] = entry
-                job.written.names[group] = dict.fromkeys(specs, name)
         except Exception as error:  # it must not leave the other ranks waiting
             job.written.error = f"rank {rank}: {_reason(error, job.partial)}"
 
