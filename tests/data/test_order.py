@@ -20,9 +20,10 @@ from resist_ds.engines.rates import Rates
 from resist_ds.engines.timetable import Timetable
 from resist_ds.engines.workers import Workers
 from resist_ds.nets.blueprint import Blueprint
-from resist_ds.nets.subnet import StateDict, StateLayout, Worker
+from resist_ds.nets.subnet import StateDict, StateLayout
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, counted, sample_partition, spread
+from resist_ds.protocol.workers import owned
 from tests import oracle  # registers the narrow nets
 
 CPU = torch.device("cpu")
@@ -232,15 +233,8 @@ def owned_by_each(workers: int, blueprint: Blueprint, config: Config, device: st
     """What each worker owns, of vectors on `device` that hold nothing."""
     deal = sample_partition(config.seed, 3, workers=workers, pool=blueprint.pool)
     state = StateLayout.of(blueprint, config, deal.slots)
-    shares = []
-    for index in range(workers):
-        crew = Workers.__new__(Workers)  # without the net, which is large
-        crew._blueprint = blueprint
-        crew.layout = state
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        crew._workers = [Worker(index, torch.empty(state.numel, device=device), scaler)]
-        shares.append(crew.owned(deal))
-    return shares
+    vectors = {index: torch.empty(state.numel, device=device) for index in range(workers)}
+    return [owned(blueprint, state, {index: vector}, deal) for index, vector in vectors.items()]
 
 
 def elements(share: StateDict) -> int:
@@ -276,17 +270,17 @@ def test_what_the_workers_own_is_the_global_model(workers: int, ranks: int) -> N
     config = Config(model=oracle.resist_test_basic.__name__, seed=5)
     blueprint = Blueprint(config.model, 10)
     deal = sample_partition(config.seed, 0, workers=workers, pool=blueprint.pool)
-    owned: dict[str, Tensor] = {}
+    all_owned: dict[str, Tensor] = {}
     for rank in range(ranks):
         place: Comm = SimpleNamespace(rank=rank, size=ranks, device=CPU)  # type: ignore[assignment]
         crew = Workers(place, Layout(workers, ranks), blueprint, config, deal)
         for name, tensors in crew.owned(deal).items():
-            assert name not in owned and tensors.keys() == {"parameter", "momentum_buffer"}
-            owned[name] = tensors["parameter"]
+            assert name not in all_owned and tensors.keys() == {"parameter", "momentum_buffer"}
+            all_owned[name] = tensors["parameter"]
     initial = dict(blueprint.initial_shared(5))
     for block in range(blueprint.pool):
         of_block = blueprint.initial_block(5, block)
         initial |= {blueprint.block_prefix(block) + name: value for name, value in of_block.items()}
-    assert owned.keys() == initial.keys()
-    for name, value in owned.items():
+    assert all_owned.keys() == initial.keys()
+    for name, value in all_owned.items():
         np.testing.assert_array_equal(value.numpy().view(np.uint32), initial[name].numpy().view(np.uint32))

@@ -132,14 +132,14 @@ def evaluate(comm, config, *, order="given", tests=TESTS, workers=WORKERS, memor
         evaluation.memory = memory
     if transit is not None:
         evaluation.transit = transit
-    held.for_evaluation(deal)
+    shown = held.for_evaluation(deal)
     before = {w: v.clone() for w, v in held.vectors.items()}
     seen = []
     last = held.subnet.module.get_submodule(plan.family.after[-1])
     hook = last.register_forward_hook(lambda _, __, logits: seen.append(logits.double()))
     sent = comm.ledger["eval"]
     precision = autocast(config, torch.device("cpu"))
-    result = evaluation.run(held.subnet, held.vectors, deal, deal.scale, precision, free=1 << 28)
+    result = evaluation.run(shown, deal, deal.scale, precision, free=1 << 28)
     hook.remove()
 
     # Whatever happened, training goes on as if nothing had.

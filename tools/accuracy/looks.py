@@ -194,10 +194,10 @@ class Looks:
     def _of_global(self, scale: float) -> dict[str, float]:
         """What the global model makes of the images, with a test scale."""
         trainer, row = self._trainer, {}
-        subnet, vectors = self._workers.for_evaluation(trainer.net.deal)
+        shown = self._workers.for_evaluation(trainer.net.deal)
         for name, evaluation in self._evaluations.items():
             cast = autocast(trainer.config, trainer.comm.device)
-            result = evaluation.run(subnet, vectors, trainer.net.deal, scale, cast, 1 << 28)
+            result = evaluation.run(shown, trainer.net.deal, scale, cast, 1 << 28)
             row |= {f"{name} loss": result.loss, f"{name} accuracy": result.accuracy}
         return row
 
