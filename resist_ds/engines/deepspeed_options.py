@@ -65,6 +65,6 @@ def resolved(scheduler: Json, config: Config, steps: int) -> Json:
 
 def _read(config: Config) -> DeepSpeedFile:
     """The file that was typed, or the preset of `--strategy` or `--team_strategy` zero1|zero2|zero3."""
-    of = config.strategy if config.way.lockstep else config.team_strategy
-    file = config.deepspeed_config or str(PRESETS / f"{of}.json")
-    return DeepSpeedFile(file, config.accumulation_steps, alone=config.inside is None)
+    file = config.deepspeed_config or str(PRESETS / f"{config.sharing}.json")
+    assert isinstance(config.team_size, int)
+    return DeepSpeedFile(file, config.accumulation_steps, config.inside is None, config.team_size)

@@ -66,15 +66,15 @@ def _deepspeed(config: Config, environment: Environment) -> Iterator[_Wish]:
         if not ours or ours != theirs:
             stage = _section(theirs, "zero_optimization").get("stage", 0)
             strategy = f"--strategy zero{stage} " if f"zero{stage}" in STRATEGIES else ""
-            if strategy and config.strategy == f"zero{stage}":
+            if strategy and config.sharing == f"zero{stage}":
                 strategy = ""
             yield _Wish(f"DeepSpeed with {file}", f"{strategy}--deepspeed_config {file}")
     else:
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # accelerate's default
         zero = _section(ours, "zero_optimization")
-        if stage == "0" and not (config.strategy == "ddp" or ours):
+        if stage == "0" and not (config.sharing == "ddp" or ours):
             yield _Wish("DeepSpeed's stage 0", "--strategy ddp")
-        elif stage != "0" and stage not in (str(config.way.stage), str(zero.get("stage"))):
+        elif stage != "0" and f"zero{stage}" not in (config.sharing, f"zero{zero.get('stage')}"):
             yield _Wish(f"DeepSpeed's ZeRO {stage}", f"--strategy zero{stage}")
         place = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
         if place != "none" and place != _section(zero, "offload_optimizer").get("device"):
@@ -114,7 +114,7 @@ def _fsdp(config: Config, environment: Environment) -> Iterator[_Wish]:
     }
     if kind not in same:
         yield _Wish(f"FSDP's {kind}", instead="write fsdp_sharding_strategy: FULL_SHARD")
-    elif config.strategy != same[kind]:
+    elif config.sharing != same[kind]:
         how = "" if same[kind] == "fsdp" else f"'s {kind}"
         yield _Wish(f"FSDP{how}", f"--strategy {same[kind]}")
     if _true(environment, "FSDP_OFFLOAD_PARAMS"):
@@ -160,7 +160,7 @@ def _others(config: Config, environment: Environment) -> Iterator[_Wish]:
             f"dp_replicate_size {sizes['dp_replicate']} beside dp_shard_size {sizes['dp_shard']}",
             instead="write parallelism_config_dp_replicate_size: 1",
         )
-    elif sizes["dp_replicate"] != "1" and config.strategy != "ddp":
+    elif sizes["dp_replicate"] != "1" and config.sharing != "ddp":
         yield _Wish(f"dp_replicate_size {sizes['dp_replicate']}", "--strategy ddp")
 
 

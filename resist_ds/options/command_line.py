@@ -81,9 +81,16 @@ def _deepspeed_file(options: Sequence[_Given]) -> list[_Given]:
     file = named[-1]
     typed = {given.name: given.value for given in options}
     parts = typed.get("accumulation_steps", "")
-    alone = typed.get("strategy") not in [name for name, way in STRATEGIES.items() if way.stage]
-    found = DeepSpeedFile(file, int(parts) if parts.isdecimal() and len(parts) < 20 else 1, alone).options
+    size = typed.get("team_size", "1")
+    alone = size == "1" and typed.get("strategy") not in [n for n, way in STRATEGIES.items() if way.stage]
+    shared = _small(size) if size != "auto" else None
+    found = DeepSpeedFile(file, _small(parts), alone, shared).options
     return [_Given(option, str(value), f"{file}: {name}") for option, (name, value) in found.items()]
+
+
+def _small(text: str) -> int:
+    """A number that was typed; 1 where it is none, which others will say."""
+    return int(text) if text.isdecimal() and 0 < len(text) < 20 else 1
 
 
 def _command_line(argv: Sequence[str]) -> Iterator[_Given]:

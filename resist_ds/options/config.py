@@ -266,7 +266,9 @@ class Config:
         if not self.deepspeed_config:
             self._check_values()
             return
-        file = DeepSpeedFile(self.deepspeed_config, self.accumulation_steps, alone=self.inside is None)
+        file = DeepSpeedFile(
+            self.deepspeed_config, self.accumulation_steps, self.inside is None, self._ranks_of_a_worker
+        )
         try:
             self._check_values()
         except UserError as error:
@@ -295,11 +297,21 @@ class Config:
         return STRATEGIES[self.strategy]
 
     @property
-    def inside(self) -> Strategy | None:
-        """How several ranks share each step of a net: those of a team, or all of them; None: a rank alone."""
+    def sharing(self) -> str | None:
+        """By which strategy several ranks share each step of a net, a team or all; None: each is alone."""
         if self.way.lockstep:
-            return self.way
-        return STRATEGIES[self.team_strategy] if self.team_size != 1 else None
+            return self.strategy
+        return self.team_strategy if self.team_size != 1 else None
+
+    @property
+    def inside(self) -> Strategy | None:
+        """The facts of `sharing`."""
+        return STRATEGIES[self.sharing] if self.sharing else None
+
+    @property
+    def _ranks_of_a_worker(self) -> int | None:
+        """G, or None where it is not known yet."""
+        return None if self.team_size == "auto" else self.team_size
 
     @property
     def two_betas(self) -> tuple[float, float]:

@@ -41,11 +41,12 @@ class DeepSpeedFile:
         total: images of a step by all ranks of an engine, or None.
     """
 
-    def __init__(self, file: str, accumulation_steps: int = 1, alone: bool = True):
+    def __init__(self, file: str, accumulation_steps: int = 1, alone: bool = True, team_size: int | None = 1):
         """
         Args:
             accumulation_steps: what was typed, for a file that leaves that open.
             alone: each engine is a rank's own, so that all of its batch is one worker's.
+            team_size: ranks that share an engine and one worker's batch; None: not known yet.
 
         Raises:
             UserError: naming every field that no strategy can honour, or that is not what it must be.
@@ -59,6 +60,7 @@ class DeepSpeedFile:
         self._wrong: list[str] = []
         content = read("deepspeed_config", file)
         self.total = self._number(_TOTAL, content.pop(_TOTAL, None), int)
+        self._team_size = team_size
         self._batch(content.pop(_MICRO, None), content.pop(_PARTS, None), accumulation_steps, alone)
         sections: dict[str, Callable[[str, Any], None]] = {
             "bf16": self._bf16,
@@ -84,7 +86,7 @@ class DeepSpeedFile:
 
         Args:
             options: a run's, by their names.
-            stage: of ZeRO that the strategy is; None: it is none of ZeRO's.
+            stage: of ZeRO that the strategy, or a team's, is; None: it is none of ZeRO's.
         """
         found = [
             f"{name} makes --{option} {_typed(value)}, and --{option} is {_typed(options[option])}: "
@@ -93,9 +95,9 @@ class DeepSpeedFile:
             if options[option] != value
         ]
         if stage is not None and self.stage != stage:
+            name = "strategy" if options["team_size"] == 1 else "team_strategy"
             found.append(
-                f"zero_optimization.stage is {self.stage}, and --strategy {options['strategy']} is "
-                f"ZeRO {stage}"
+                f"zero_optimization.stage is {self.stage}, and --{name} {options[name]} is ZeRO {stage}"
             )
         if options["schedule"] == "deepspeed":
             if self.scheduler is None:
@@ -161,13 +163,16 @@ class DeepSpeedFile:
     # --- sections
 
     def _batch(self, micro: Any, parts: Any, typed_parts: int, alone: bool) -> None:
-        """Batch sizes: a worker's batch is micro-batch × accumulation."""
+        """Batch sizes: a worker's batch is micro-batch × accumulation × the ranks of its team."""
         self._option("accumulation_steps", _PARTS, int, parts)
         steps = self.options.get("accumulation_steps", ("", typed_parts))[1]
         size = self._number(_MICRO, micro, int)
-        if size is not None:
-            self.options["batch_size"] = (f"{_MICRO} × {_PARTS}", size * steps)
-        elif alone and self.total is not None:
+        if size is not None and self._team_size is None:
+            self._wrong.append(f"{_MICRO} is {size}, of a team whose size is auto: leave it out")
+        elif size is not None and self._team_size is not None:
+            times = f" × {self._team_size} ranks" if self._team_size > 1 else ""
+            self.options["batch_size"] = (f"{_MICRO} × {_PARTS}{times}", size * steps * self._team_size)
+        elif (alone or self._team_size != 1) and self.total is not None:
             self.options["batch_size"] = (_TOTAL, self.total)
 
     def _passed_on(self, name: str, value: Any) -> None:
