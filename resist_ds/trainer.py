@@ -329,13 +329,15 @@ class Trainer:
             tally: of the round's local steps from `before` to `done`.
         """
         first = self._after(round - 1).step
-        found = None
+        found: list[tuple[int, str]] = []
         if tally.spoilt_at is not None:
-            found = f"first in the loss of local step {first + before + tally.spoilt_at + 1}"
+            step = first + before + tally.spoilt_at + 1
+            found = [(step, f"first in the loss of local step {step}")]
         elif not self.workers.engine.is_finite():
-            found = f"in the weights or momentum after local step {first + done}"
+            found = [(first + done, f"in the weights or momentum after local step {first + done}")]
         team = self.comm.team(self.net.layout.team_size)
-        return next((where for where in team.gather(found) if where is not None), None)
+        _, where = min((each for lane in team.gather(found) for each in lane), default=(0, None))
+        return where
 
     def _dropped(self, round: int, reports: Sequence[Report], telemetry: Telemetry) -> frozenset[int]:
         """The workers whose round must not reach the others. Collective: all ranks."""

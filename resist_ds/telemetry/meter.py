@@ -150,7 +150,7 @@ class Totals:
     Attributes:
         images, seconds: per worker, of its local steps.
         peak: per phase and rank, bytes.
-        bytes_round, bytes_total: bytes of synchronisation alone, and of everything.
+        bytes_sync, bytes_team, bytes_total: bytes of synchronisation alone, inside teams, and of everything.
         seconds_sync, seconds_exposed: of all synchronisations, and of those what everybody waited for.
         skipped: rounds of workers that were dropped (`--on_nan skip`).
         unreadable: images that this process could not read (`--on_bad_image skip`).
@@ -162,6 +162,7 @@ class Totals:
     seconds: Counter[int] = field(default_factory=Counter)
     peak: dict[tuple[str, int], int] = field(default_factory=dict)
     bytes_sync: int = 0
+    bytes_team: int = 0
     bytes_total: int = 0
     seconds_sync: float = 0.0
     seconds_exposed: float = 0.0
@@ -193,4 +194,5 @@ class Totals:
             for phase, peak in figures.peak.items():
                 self.peak[phase, rank] = max(peak, self.peak.get((phase, rank), 0))
             self.bytes_sync += sum(figures.sent[kind] for kind in SYNC)
+            self.bytes_team += figures.sent["team"]
             self.bytes_total += figures.sent.total()

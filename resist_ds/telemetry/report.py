@@ -78,14 +78,19 @@ def opening(job: Job, deal: Partition, start: Start) -> str:
     blocks = f"K = {slots} of {pool} pool blocks" if config.way.partitions else f"the pool of {pool} blocks"
     if config.way.spread_parameters:
         blocks = "a share of every tensor"
-    plays = [f"rank {r}: {_span(layout.workers_of(r))}" for r in range(min(8, layout.ranks))]
-    more = f", … ({layout.ranks} ranks)" if layout.ranks > 8 else ""
+    size = layout.team_size
+    plays = [
+        f"{_players(first, size)}: {_span(layout.workers_of(first))}"
+        for first in range(0, min(8 * size, layout.ranks), size)
+    ]
+    more = f", … ({_count(layout.teams, 'rank' if size == 1 else 'team')})" if layout.teams > 8 else ""
+    teams = f" in {_count(layout.teams, 'team')} ({config.sharing} inside)" if size > 1 else ""
     lines = [
         f"{config.model}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of P = {pool} blocks",
         f"{data.name}: {data.train_size:,} training and {data.test_size:,} test images, "
         f"{data.num_classes} classes, {data.img_size}×{data.img_size}{_kept(data)}",
         *data.remarks,
-        f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}, "
+        f"W = {_count(workers, 'worker')} on R = {_count(layout.ranks, 'rank')}{teams}, "
         f"each with {blocks}: {100 * held:.0f} % of the parameters",
         f"who plays whom: {'; '.join(plays)}{more}",
         f"device: {_device(comm)}, {_count(config.cpu_threads, 'CPU thread')} per rank, "
@@ -164,14 +169,18 @@ def closing(
     )
     rows = [("worker", "rank", "blocks held", "parameters held", *(f"peak {p}" for p in PHASES), "samples/s")]
     for worker in range(layout.workers):
-        rank = layout.rank_of(worker)
+        first = layout.rank_of(worker)
+        ranks = range(first, first + layout.team_size)
         rows.append(
             (
                 str(worker),
-                str(rank),
+                str(first) if len(ranks) == 1 else f"{first}–{ranks[-1]}",
                 blocks,
                 f"{held / 1e6:.2f} M of {full / 1e6:.2f} M ({100 * held / full:.0f} %)",
-                *(f"{totals.peak.get((phase, rank), 0) / GIB:.2f} GiB" for phase in PHASES),
+                *(
+                    f"{max(totals.peak.get((phase, rank), 0) for rank in ranks) / GIB:.2f} GiB"
+                    for phase in PHASES
+                ),
                 f"{totals.images[worker] / totals.seconds[worker]:.0f}",
             )
         )
@@ -187,6 +196,10 @@ def closing(
     if way.averages:
         each, waited = (seconds / totals.rounds for seconds in (totals.seconds_sync, totals.seconds_exposed))
         in_front = f"; {each:.2f} s to synchronise, of which {waited:.2f} s in front of everybody"
+    players, inside = f"{layout.ranks} ranks", ""
+    if layout.team_size > 1:
+        players = _count(layout.teams, "team")
+        inside = f", {_megabytes(totals.bytes_team / totals.rounds)} inside them"
     lines = [
         _table(rows),
         f"peaks are those of the rank ({where}); "
@@ -201,11 +214,12 @@ def closing(
         f"bytes a round: none, there was one rank{in_front if layout.workers > 1 else ''}"
         if layout.ranks == 1
         else f"bytes a round ({state}): {_megabytes(totals.bytes_sync / totals.rounds)} measured between "
-        f"{layout.ranks} ranks{in_front}",
+        f"{players}{inside}{in_front}",
     ]
     if layout.workers > 1 and job.config.strategy == "resist":
+        per = "rank" if layout.team_size == 1 else "team"
         lines.append(
-            f"  planned for one worker per rank: {_megabytes(ours)}, local SGD {_megabytes(local_sgd)} "
+            f"  planned for one worker per {per}: {_megabytes(ours)}, local SGD {_megabytes(local_sgd)} "
             f"({100 * ours / local_sgd:.0f} %)"
         )
     if totals.skipped:
@@ -285,6 +299,11 @@ def _length(timetable: Timetable) -> str:
     if most is None:
         return _count(fewest, "local step")
     return f"{fewest} to {_count(most, 'local step')}, {timetable.mean:.1f} in the mean,"
+
+
+def _players(first: int, size: int) -> str:
+    """A rank, or the ranks of a team."""
+    return f"rank {first}" if size == 1 else f"team {first // size} (ranks {first}–{first + size - 1})"
 
 
 def _span(workers: Sequence[int]) -> str:

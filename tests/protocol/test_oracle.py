@@ -77,7 +77,7 @@ def assert_agreement(
     figures = tolerance if figures is None else figures
     config = Config(**{**BASE, "workers": size, **options, "output_dir": str(folder)})
     returned = ranks(train, size, config)
-    expected = simulate(config)
+    expected = simulate(alone(config))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     for rank in returned:
@@ -85,9 +85,13 @@ def assert_agreement(
         assert rank["threads"] == config.cpu_threads  # no library has set another number
     names = [name for rank in returned for name in rank["owned"]]
     assert sorted(names) == sorted(expected.state), "each tensor is owned once"
+    lanes = config.team_size
     workers = [worker for rank in returned for worker in rank["held"]]
-    assert workers == list(range(config.workers or 0))
-    for state in (state for rank in returned for state in (rank["owned"], *rank["held"].values())):
+    assert sorted(workers) == [worker for worker in range(config.workers or 0) for _ in range(lanes)]
+    states = [rank["owned"] for rank in returned]
+    if not (config.inside and config.inside.spread):  # there a rank holds no whole tensors
+        states += [state for rank in returned for state in rank["held"].values()]
+    for state in states:
         _assert_tensors(state, expected, tolerance, config.optimizer_state == "travel")
 
     inexact = config.dtype == "float32"  # the last bit decides between two classes that are as likely
@@ -103,6 +107,13 @@ def assert_agreement(
         assert tests[done]["eval/accuracy"] == accuracy or inexact
         last = (tests[done]["eval/loss"], tests[done]["eval/accuracy"])
     assert {rank["test"] for rank in returned} == {last}
+
+
+def alone(config: Config) -> Config:
+    """The run without teams that must train the same: a team's ranks are as many micro-batches."""
+    assert isinstance(config.team_size, int)
+    parts = config.accumulation_steps * config.team_size
+    return replace(config, team_size=1, team_strategy="ddp", accumulation_steps=parts)
 
 
 def _assert_tensors(state: dict[str, Any], expected: Outcome, tolerance: float, travel: bool) -> None:

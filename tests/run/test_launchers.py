@@ -36,6 +36,7 @@ JOB = [
     *("--local_steps", "2", "--rounds", "3", "--eval_every", "2", "--calibration_samples", "32"),
     *("--seed", "7", "--cpu_threads", "1", "--log_with", "none"),
 ]
+TEAMS = [*JOB, "--team_size", "2"]  # on four ranks
 DDP = [*JOB, "--workers", "2", "--strategy", "ddp"]
 # An engine under each launcher; tests/engines/test_engines.py has them all.
 ENGINES = (("accelerate --config_file", "fsdp"), ("deepspeed", "zero3"), ("torchrun", "zero1"))
@@ -68,7 +69,7 @@ def free_port() -> str:
             return str(port)
 
 
-def command(launcher: str, script: Path) -> list[str]:
+def command(launcher: str, script: Path, ranks: int) -> list[str]:
     """Launchers default to port 29500, which another job may have."""
     accelerate, deepspeed, torchrun = (str(BIN / name) for name in ("accelerate", "deepspeed", "torchrun"))
     prefix = {
@@ -78,7 +79,7 @@ def command(launcher: str, script: Path) -> list[str]:
             *("sh", "-c", '"$@"; exit $?; torchrun --nproc_per_node 2 \udcff', "sh", sys.executable)
         ],
         "accelerate": lambda: [
-            *(accelerate, "launch", "--multi_gpu", "--num_processes", "2"),
+            *(accelerate, "launch", "--multi_gpu", "--num_processes", str(ranks)),
             *("--main_process_port", free_port()),
         ],
         "accelerate --cpu": lambda: [accelerate, "launch", "--cpu", "--num_processes", "2"],
@@ -86,8 +87,8 @@ def command(launcher: str, script: Path) -> list[str]:
             *(accelerate, "launch", "--config_file", str(Path(__file__).parent / "accelerate_fsdp.yaml")),
             *("--main_process_port", free_port()),
         ],
-        "deepspeed": lambda: [deepspeed, "--num_gpus", "2", "--master_port", free_port()],
-        "torchrun": lambda: [torchrun, "--nproc_per_node", "2", "--master_port", free_port()],
+        "deepspeed": lambda: [deepspeed, "--num_gpus", str(ranks), "--master_port", free_port()],
+        "torchrun": lambda: [torchrun, "--nproc_per_node", str(ranks), "--master_port", free_port()],
         "torchrun virtual": lambda: [
             *(torchrun, "--nproc_per_node", "2", "--virtual-local-rank", "--master_port", free_port())
         ],
@@ -118,7 +119,7 @@ def clean_environment() -> dict[str, str]:
     return environment | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
 
-def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN) -> Finished:
+def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN, ranks: int = 2) -> Finished:
     """Run train.py from an unrelated folder."""
     environment = clean_environment()
     if launcher == "torchrun 1":
@@ -126,7 +127,7 @@ def launch(launcher: str, options: list[str], place: Path, script: Path = TRAIN)
     if launcher == "torchrun virtual":
         environment["CUDA_VISIBLE_DEVICES"] = "-1,-1"  # it deals them out: to each rank one that is not there
     process = subprocess.Popen(
-        [*command(launcher, script), *options, "--output_dir", str(place / "run")],
+        [*command(launcher, script, ranks), *options, "--output_dir", str(place / "run")],
         cwd=place,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -188,6 +189,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
         "torchrun virtual": ("torchrun virtual", JOB, virtual),
         **{f"{name}: ddp": (name, DDP, TRAIN) for name in ("deepspeed", "torchrun")},
         **{f"{name}: {way}": (name, [*DDP, "--strategy", way], TRAIN) for name, way in ENGINES},
+        **{f"{name}: teams": (name, TEAMS, TRAIN) for name in ("accelerate", "deepspeed", "torchrun")},
         "python": ("python", JOB, TRAIN),
         "torchrun 1": ("torchrun 1", JOB, TRAIN),
         "accelerate --cpu": ("accelerate --cpu", JOB, TRAIN),
@@ -199,7 +201,14 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launches]:
     }
     with ThreadPoolExecutor(2) as pool:
         futures: dict[str, Future[Finished]] = {
-            name: pool.submit(launch, launcher, options, tmp_path_factory.mktemp("launch"), script)
+            name: pool.submit(
+                launch,
+                launcher,
+                options,
+                tmp_path_factory.mktemp("launch"),
+                script,
+                4 if options is TEAMS else 2,
+            )
             for name, (launcher, options, script) in jobs.items()
         }
         yield lambda name: futures[name].result()
@@ -258,6 +267,17 @@ def test_ddp_gives_the_same_run_whoever_launches_it(launches: Launches) -> None:
     skip_on_gpus()
     assert run == expected
     assert expected[-1]["strategy"] == "ddp" and expected[-1]["W"] == 2
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_teams_give_the_same_run_whoever_launches_them(launcher: str, launches: Launches) -> None:
+    run, expected = trained(launches(f"{launcher}: teams"), ranks=4), trained(launches("torchrun: teams"), 4)
+    assert {"comm/bytes_round", "comm/bytes_team", "eval/loss"} <= set(expected[-1])
+    if launcher == "deepspeed":
+        skip_on_gpus()
+    assert run == expected
+    said = launches(f"{launcher}: teams").stdout
+    assert "W = 4 workers on R = 4 ranks in 2 teams" in said and "team 0 (ranks 0–1): workers 0–1" in said
 
 
 def in_process(comm: Comm, options: list[str]) -> None:
