@@ -272,6 +272,40 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
         ("--wire compact --strategy stochastic_depth --min_blocks 2", "--wire is for --strategy resist and"),
         ("--wire compact --dtype float64", "--wire compact writes float32 shorter: type --dtype float32"),
         ("--wire gzip", "type one of exact, compact"),
+        ("--team_size x", "--team_size is 'x': type a whole number or auto"),
+        ("--team_size null", "--team_size is 'null': type a whole number or auto"),
+        ("--team_size", "--team_size needs a value: type a whole number or auto"),
+        ("--team_size 0", "--team_size is 0: type a finite number, at least 1"),
+        ("--team_size 2 --team_strategy hsdp", "type one of ddp, fsdp, zero1, zero2, zero3"),
+        (
+            "--team_strategy fsdp",
+            "--team_strategy fsdp is for teams of several ranks: type --team_size 2 or more, or --strategy "
+            "fsdp for one net on all ranks",
+        ),
+        *(
+            (f"--team_size {size} --strategy {way}", f"and local_sgd, not for {way.split()[0]}, which ")
+            for size in ("2", "auto")
+            for way in ("ddp", "fsdp", "zero1", "stochastic_depth --min_blocks 2")
+        ),
+        ("--team_size 2 --team_strategy zero3 --dtype float64", "--team_strategy zero3 computes in float32"),
+        (
+            "--team_size 2 --team_strategy zero1 --warmup_rounds 1",
+            "--warmup_rounds is not for --team_strategy zero1",
+        ),
+        (
+            "--team_size 2 --team_strategy zero2 --overlap_steps 1",
+            "--overlap_steps is not for --team_strategy zero2, whose engines show their state between rounds",
+        ),
+        ("--team_size 2 --team_strategy fsdp --compile", "--compile is not for FSDP2 and DeepSpeed here"),
+        ("--team_size auto --team_strategy fsdp --channels_last", "--channels_last is not for FSDP2"),
+        (
+            "--team_size 2 --team_strategy fsdp --mixed_precision fp16",
+            "--mixed_precision fp16 is not for FSDP2",
+        ),
+        (
+            "--team_size 2 --deepspeed_config ds_configs/zero1.json",
+            "--deepspeed_config is for --team_strategy zero1 to zero3, not for ddp",
+        ),
     ],
 )
 def test_refused(line, message):
@@ -284,7 +318,7 @@ LEAST = dict(
     momentum=0, weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0,
     eval_every=0, eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0,
     checkpoint_minutes=0, keep=1, grace=0, seed=0, eps=0, local_steps_max=1,
-    overlap_steps=0,
+    overlap_steps=0, team_size=1,
 )  # fmt: skip
 
 
@@ -316,9 +350,12 @@ def test_choices_are_checked_without_the_parser_too():
         "mixed_precision",
         "dtype",
         "log_with",
+        "team_strategy",
     ):
         with pytest.raises(UserError, match=f"^--{name} is 'x': type one of "):
             Config(**{name: "x"})
+    with pytest.raises(UserError, match=r"^--team_size is 'x': type a whole number or auto$"):
+        Config(team_size="x")
 
 
 def test_good_combinations_stay_good():
@@ -330,6 +367,9 @@ def test_good_combinations_stay_good():
     Config(warmup_rounds=2)
     Config(local_steps=5, local_steps_max=5)
     Config(local_steps=5, local_steps_max=50, strategy="local_sgd", schedule="cosine")
+    Config(team_size=2, strategy="local_sgd", overlap_steps=1, dtype="float64")
+    Config(team_size="auto", team_strategy="fsdp", warmup_rounds=1, overlap_steps=1, wire="compact")
+    Config(team_size=2, team_strategy="zero3", wire="compact", on_nan="skip", optimizer_state="reset")
 
 
 @pytest.mark.parametrize(
