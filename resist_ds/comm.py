@@ -109,14 +109,15 @@ class Comm:
             with self.others():
                 self._finish([torch.distributed.all_reduce(one, async_op=True)])
 
-    def team(self, size: int) -> "Team":
+    def team(self, size: int, apart: bool = False) -> "Team":
         """This rank's team, of so many consecutive ranks; the same one each time. Collective: all ranks.
 
         Args:
             size: G, of which R is a multiple.
+            apart: while its ranks share a step, an exchange of all ranks may run. The first call says so.
         """
         if size not in self._teams:
-            self._teams[size] = Team(self, size)
+            self._teams[size] = Team(self, size, apart)
         return self._teams[size]
 
     @property
@@ -277,18 +278,23 @@ class Team:
     Attributes:
         size, lane: G, and this rank's place among them.
         ranks: all of them, in the order of their lanes.
-        group: theirs, which training libraries are given; None: all the ranks that there are.
+        group: theirs, which training libraries are given; None: that of all the ranks that there are.
     """
 
-    def __init__(self, comm: Comm, size: int):
-        """Make the groups of all teams. Collective: all ranks."""
+    def __init__(self, comm: Comm, size: int, apart: bool = False):
+        """Make the groups of all teams. Collective: all ranks.
+
+        Args:
+            apart: a group of its own for a team of all ranks too. In one group, what two threads begin must
+                begin in the same order on all ranks.
+        """
         assert comm.size % size == 0, (comm.size, size)
         self.size, self.lane = size, comm.rank % size
         first = comm.rank - self.lane
         self.ranks = tuple(range(first, first + size))
         self._comm = comm
         self.group: torch.distributed.ProcessGroup | None = None
-        if size < comm.size:
+        if size < comm.size or (apart and size > 1):
             groups = [torch.distributed.new_group([*range(r, r + size)]) for r in range(0, comm.size, size)]
             mine = groups[first // size]
             assert isinstance(mine, torch.distributed.ProcessGroup)

@@ -84,7 +84,8 @@ def place_workers(
     """
     deal = deal_of(config, blueprint, layout.workers, start.position.round)
     if layout.team_size > 1 or config.deepspeed_config is not None:
-        comm.team(1), comm.team(layout.team_size)  # made by all ranks together, before any makes its engine
+        # Made by all ranks together, before any makes its engine.
+        comm.team(1), comm.team(layout.team_size, apart=config.overlap_steps > 0)
 
     def placed() -> Workers | SpreadNet:
         source = start.source(blueprint, config.test_scale(deal.slots, deal.pool))
