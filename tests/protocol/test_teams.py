@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from resist_ds.comm import Comm
 from resist_ds.nets.blueprint import Blueprint
@@ -15,6 +16,7 @@ from resist_ds.trainer import Trainer
 from tests.conftest import Ranks
 from tests.oracle import arrays
 from tests.protocol.test_oracle import BASE, HIDDEN, assert_agreement, train
+from tests.saved import checkpoints, tensors
 
 pytestmark = [pytest.mark.ranks, pytest.mark.numerical]
 
@@ -30,6 +32,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         HIDDEN | {"workers": 3, "team_size": 2, "warmup_rounds": 2, "rounds": 4, "clip_grad": 0.5},
     ),
+    "hidden in one team": (2, HIDDEN | {"workers": 3, "team_size": 2, "rounds": 4}),
     "fsdp": (4, FSDP | {"workers": 3, "team_size": 2, "nesterov": True, "clip_grad": 0.5}),
     "fsdp hidden": (
         4,
@@ -125,6 +128,43 @@ def test_without_a_learning_rate_a_chain_of_teams_keeps_every_bit(ranks: Ranks, 
             )
             momentum += int(of["momentum_buffer"].any())
     assert momentum, "nothing was trained"
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_without_a_learning_rate_the_compact_wire_changes_no_bit_after_its_first_round(
+    way: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """That makes blocks bf16, each number one of its two neighbours; and leaves shared as it was."""
+    options = {**BASE, "lr": 0.0, "weight_decay": 0.0, "dtype": "float32", "wire": "compact", "workers": 3}
+    options |= {"rounds": 3, "local_steps": 2, "min_blocks": 5, "eval_every": 0, "checkpoint_minutes": 0.0}
+    options |= {
+        "checkpoint_every": 0,
+        "overlap_steps": 1,
+        "team_size": 2,
+        "team_strategy": way,
+        "batch_size": 16,
+    }
+    ranks(owned_after, 4, options | {"output_dir": str(tmp_path)})
+    first, *others = (tensors(tmp_path / "checkpoints" / name) for name in checkpoints(tmp_path))
+    assert len(others) == 2
+    blueprint = Blueprint(BASE["model"], 10)
+    shared = dict(blueprint.initial_shared(0))
+    initial = shared | {
+        blueprint.block_prefix(block) + name: value
+        for block in range(blueprint.pool)
+        for name, value in blueprint.initial_block(0, block).items()
+    }
+    for name, value in initial.items():
+        for other in others:
+            np.testing.assert_array_equal(other[name].view(np.uint32), first[name].view(np.uint32), name)
+        got = torch.from_numpy(first[name])
+        if name in shared or value.ndim == 1:
+            assert torch.equal(got, value), name
+        else:
+            assert torch.equal(got, got.bfloat16().float()) and not torch.equal(got, value), name
+            assert ((got - value).abs() <= value.abs() / 128).all(), name
+    momentum = "stages.2.blocks.1.conv1.weight.momentum_buffer"
+    assert others[-1][momentum].any() and not np.array_equal(first[momentum], others[-1][momentum])
 
 
 @pytest.mark.parametrize("wire", ["exact", "compact"])

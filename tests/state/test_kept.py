@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from resist_ds.comm import Comm
 from resist_ds.errors import DamagedError
+from resist_ds.options.config import Config
 from resist_ds.state.checkpoint import Checkpoint
 from resist_ds.state.run_state import config_hash
+from resist_ds.trainer import Trainer
 from tests.conftest import Ranks, run_ranks
-from tests.saved import checkpoints, last, outcome, tensors, train
+from tests.saved import OPTIONS, checkpoints, last, outcome, tensors, train
 from tests.state.test_checkpoint import assert_same_run, resumed
 from tests.state.test_damage import change, refused, seal
 
@@ -152,6 +155,99 @@ def test_another_wire_is_refused_unless_it_is_meant(
     (result,) = ranks(outcome, 1, tmp_path, {**more, "resume": "auto", "output_dir": str(folder)})
     assert result == (0, "")  # errors of nothing begin at zero
     assert held(last(folder)).keys() == {"0.error", "1.error", "2.error"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Of a team, whose lanes have it in parts.
+
+TEAM: dict[str, dict[str, Any]] = {
+    way: {**KINDS["both"], "team_size": 2, "team_strategy": way} for way in ("ddp", "fsdp")
+}
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted runs of two teams of two."""
+    made = {}
+    for way, options in TEAM.items():
+        folder = made[way] = tmp_path_factory.mktemp("team") / "run"
+        run_ranks(train, 4, {**options, "output_dir": str(folder)}, store=folder.with_name("store"))
+    return made
+
+
+@pytest.mark.parametrize("way", TEAM)
+@pytest.mark.parametrize("size", [2, 4])  # in one team, or in two
+def test_a_team_s_resumed_run_is_the_uninterrupted_one(
+    way: str, size: int, teams: dict[str, Path], ranks: Ranks, tmp_path: Path
+) -> None:
+    folder = resumed(ranks, size, teams[way], 2, tmp_path / "run", **TEAM[way])
+    assert_same_run(folder, teams[way], 2)
+
+
+def taken_up(comm: Comm, options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What this rank's workers hold alone as a resumed run begins, whole, on the first rank of each team."""
+    trainer = Trainer(comm, Config(**(OPTIONS | options)))
+    trainer.folder.release()
+    net = trainer.net
+    assert net.sync.differences is not None
+    parts = {
+        "error": net.sync.differences.error,
+        "shared": net.overlap.shared_parts(trainer.workers.vectors),
+    }
+    return {
+        f"{worker}.{kind}": values.numpy().copy()
+        for kind, of in parts.items()
+        for worker, values in net._alone.whole(kind, of).items()  # type: ignore[arg-type]
+    }
+
+
+@pytest.mark.parametrize(
+    ("way", "ranks_", "size", "other"),
+    [
+        ("ddp", 2, 1, "ddp"),
+        ("fsdp", 1, 1, "ddp"),
+        ("ddp", 3, 3, "fsdp"),  # rows that do not divide
+        ("fsdp", 4, 2, "ddp"),
+        ("ddp", 2, 2, "fsdp"),
+    ],
+)
+def test_other_teams_take_up_what_workers_held_alone(
+    way: str, ranks_: int, size: int, other: str, teams: dict[str, Path], ranks: Ranks, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(teams[way], tmp_path / "run")
+    for name in ("round-000003", "round-000004"):
+        shutil.rmtree(folder / "checkpoints" / name)
+    options = {**KINDS["both"], "batch_size": 12, "override": "batch_size", "resume": "auto"}
+    options |= {"team_size": size, "team_strategy": other, "output_dir": str(folder)}
+    found = [rank for rank in ranks(taken_up, ranks_, options) if rank]
+    assert len(found) == ranks_ // size
+    state = {name: values for rank in found for name, values in rank.items()}
+    wanted = held(last(folder))
+    assert state.keys() == wanted.keys() == {f"{w}.{k}" for w in range(3) for k in ("error", "shared")}
+    for name, values in state.items():
+        np.testing.assert_array_equal(values.view(np.uint32), wanted[name].view(np.uint32), name)
+        assert values.any()
+
+
+def test_a_team_writes_what_one_rank_would(ranks: Ranks, tmp_path: Path) -> None:
+    """Steps on shared behind an exchange, in float64: of teams, and of one rank in micro-batches."""
+    options = {**KINDS["overlap"], "rounds": 2, "dtype": "float64", "batch_size": 16}
+    found = {}
+    for name, size, more in (
+        ("alone", 1, {"accumulation_steps": 2}),
+        ("ddp", 4, {"team_size": 2}),
+        ("fsdp", 2, {"team_size": 2, "team_strategy": "fsdp"}),
+    ):
+        ranks(train, size, {**options, **more, "output_dir": str(tmp_path / name)})
+        found[name] = held(tmp_path / name / "checkpoints" / "round-000001")
+    wanted = found.pop("alone")
+    assert wanted.keys() == {f"{worker}.shared" for worker in range(3)}
+    for way, state in found.items():
+        assert state.keys() == wanted.keys()
+        for name, values in state.items():
+            error = np.linalg.norm(values - wanted[name]) / np.linalg.norm(wanted[name])
+            assert error <= 1e-10, f"{way}: {name} is off by {error:.1e} of its norm"
+            assert np.linalg.norm(wanted[name] - wanted["0.shared"]) > 0 or name == "0.shared"
 
 
 # ------------------------------------------------------------------------------------------------------------
