@@ -12,11 +12,13 @@ from resist_ds.comm import Comm
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout
 from resist_ds.options.config import Config
+from resist_ds.protocol.sync import MEAN_CHUNK
 from resist_ds.trainer import Trainer
 from tests.conftest import Ranks
 from tests.oracle import arrays
 from tests.protocol.test_oracle import BASE, HIDDEN, assert_agreement, train
 from tests.saved import checkpoints, tensors
+from tests.telemetry.test_memory import watched
 
 pytestmark = [pytest.mark.ranks, pytest.mark.numerical]
 
@@ -188,27 +190,34 @@ def test_between_teams_goes_what_goes_between_ranks(wire: str, ranks: Ranks, tmp
 
 
 def test_a_team_s_fsdp_holds_its_share(ranks: Ranks, tmp_path: Path) -> None:
-    """Training state of a rank, counted: half of one alone, but for rows that do not divide."""
-    options = {**BASE, "workers": 2, "dtype": "float32", "rounds": 1, "local_steps": 1}
-    options["model"] = "preact_resnet101_narrow"
-    alone = ranks(state_of, 2, options | {"output_dir": str(tmp_path / "alone")})
+    """Training state of a rank, counted: half of one alone, but for rows that do not divide; at no time more
+    than in training, nor than one alone has. (An evaluation needs shared whole, a save what the rank writes.)
+    """
+    options = {**BASE, "workers": 2, "dtype": "float32", "rounds": 2, "local_steps": 1, "eval_every": 1}
+    options |= {"model": "preact_resnet101_narrow", "batch_size": 16, "checkpoint_every": 1}
+    alone, _ = ranks(held_at_most, 2, options | {"output_dir": str(tmp_path / "alone")})
     team = {"team_size": 2, "team_strategy": "fsdp", "output_dir": str(tmp_path / "team")}
-    shared = ranks(state_of, 4, options | team)
-    for state in shared:
-        assert state <= 0.52 * alone[0]
+    for held in ranks(held_at_most, 4, options | team):
+        assert held.keys() == alone.keys() == {"state", "local", "sync", "eval", "save"}
+        assert held["state"] <= 0.52 * alone["state"]
+        assert max(held.values()) == held["local"], held
+        assert all(held[phase] <= alone[phase] for phase in held), (held, alone)
+        transit = options["transit_mib"] << 20
+        assert held["sync"] <= held["state"] + transit + 8 * MEAN_CHUNK
 
 
-def state_of(comm: Comm, options: dict[str, Any]) -> int:
-    """Bytes of the storages under a rank's parameters and optimizer state."""
+def held_at_most(comm: Comm, options: dict[str, Any]) -> dict[str, int]:
+    """Bytes under a rank's parameters and optimizer state, and of all tensors at the peak of each phase."""
     trainer = Trainer(comm, Config(**options))
+    peaks = watched(trainer)
     trainer.run()
     trainer.folder.release()
     engine = trainer.workers.engine
-    tensors = [p.detach() for p in engine._parameters]
-    tensors += [t for of in engine.optimizer.state.values() for t in of.values()]
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    state = [p.detach() for p in engine._parameters]
+    state += [t for of in engine.optimizer.state.values() for t in of.values()]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in state]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
     vectors = {
         v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in trainer.workers.vectors.values()
     }
-    return sum((storages | vectors).values())
+    return {"state": sum((storages | vectors).values()), **peaks}

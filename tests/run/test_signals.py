@@ -120,7 +120,7 @@ def in_round(folder: Path, comm: Comm, act: Callable[[], object]) -> None:
     """Let a rank say when it has reached the round, and `act` before it trains."""
     Counted.folder = folder
     trainer.Signals = Counted  # type: ignore[misc]
-    train, calls, each = trainer.local_steps, [0], 2 // comm.size
+    train, calls, each = trainer.local_steps, [0], max(1, 2 // comm.size)
 
     def local_steps(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -282,14 +282,17 @@ def test_round_is_finished_and_saved(size: int, asked: int, signum: signal.Signa
     assert records(output, "summary") == []
 
 
-def test_resumed_run_ends_with_the_bits_of_one_that_was_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "team"), [(2, {}), (4, {"team_size": 2, "team_strategy": "fsdp"})])
+def test_resumed_run_ends_with_the_bits_of_one_that_was_never_stopped(
+    size: int, team: dict[str, Any], tmp_path: Path
+) -> None:
     never, stopped = tmp_path / "never", tmp_path / "stopped"
-    trained(2, tmp_path / "first", never)
-    with job(2, tmp_path / "second", stopped, "asked rank 1") as run:
+    trained(size, tmp_path / "first", never, **team)
+    with job(size, tmp_path / "second", stopped, "asked rank 1", **team) as run:
         run.reached(1)
         run.signal(signal.SIGTERM, 1)
-        assert run.ended() == [143, 143]
-    trained(2, tmp_path / "third", stopped, resume="auto")
+        assert run.ended() == [143] * size
+    trained(size, tmp_path / "third", stopped, resume="auto", **team)
     assert sound(stopped)[0] == sound(never)[0] == ROUNDS
     assert digest(last(stopped)) == digest(last(never))
     assert loss_log(stopped) == loss_log(never)
@@ -299,12 +302,14 @@ def test_resumed_run_ends_with_the_bits_of_one_that_was_never_stopped(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("size", "plan"), [(1, "slow steps"), (2, "one long call"), (2, "slow other"), (2, "slow save")]
+    ("size", "plan"),
+    [(1, "slow steps"), (2, "one long call"), (2, "slow other"), (2, "slow save"), (4, "slow other")],
 )
 def test_grace_ends_before_the_round(size: int, plan: str, tmp_path: Path) -> None:
-    """Whatever the main thread is doing, the process ends; the checkpoint before is as it was."""
+    """Whatever the main thread is doing, in a team's step too, the process ends; the checkpoint before is
+    as it was."""
     output = tmp_path / "run"
-    with job(size, tmp_path / "ranks", output, plan, grace=0.5) as run:
+    with job(size, tmp_path / "ranks", output, plan, grace=0.5, team_size=max(1, size // 2)) as run:
         run.reached(*range(size))
         asked = time.monotonic()
         run.signal(signal.SIGTERM, *range(size))

@@ -6,6 +6,7 @@ import math
 import queue
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 from resist_ds import ResIST, api
 from resist_ds.comm import Comm
 from resist_ds.engines import engine
+from resist_ds.errors import NotFiniteError
 from resist_ds.options.config import Config
 from resist_ds.trainer import Trainer
 from tests.conftest import _CONTEXT, Ranks, _rank
 from tests.oracle import arrays
 from tests.run.test_api import ROUNDS, SHARED, STEPS, TRAIN
 from tests.run.test_errors import TINY, expect, outcome
+from tests.saved import checkpoints
 
 pytestmark = pytest.mark.ranks
 
@@ -76,7 +79,7 @@ def test_a_team_across_machines_is_warned_of(ranks: Ranks, tmp_path: Path) -> No
 
 
 def poisoned(comm: Comm, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A run in whose second round rank 1's loss is NaN: what it says, and what it owns in the end."""
+    """A run in whose second round rank 1's loss is NaN: what is said on this rank, and what it then owns."""
     trainer = Trainer(comm, Config(**options))
     cross_entropy, steps = engine.F.cross_entropy, [0]
 
@@ -85,18 +88,25 @@ def poisoned(comm: Comm, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         loss = cross_entropy(*args, **kwargs)
         return loss * math.nan if comm.rank == 1 and steps[0] == STEPS + 1 else loss
 
-    engine.F = type("F", (), {"cross_entropy": staticmethod(spoilt)})  # type: ignore[assignment]
+    from resist_ds.engines import zero  # after DeepSpeed's environment is set
+
+    modules: list[Any] = [engine, zero]
+    for module in modules:
+        module.F = SimpleNamespace(cross_entropy=spoilt, pad=F.pad)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             trainer.run()
+    except NotFiniteError as error:
+        said.write(str(error))
     finally:
-        engine.F = F
+        for module in modules:
+            module.F = F
         trainer.folder.release()
     return said.getvalue(), arrays(trainer.workers.owned(trainer.net.deal))
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "zero2"])
 def test_a_team_agrees_that_its_worker_is_spoilt(way: str, ranks: Ranks, tmp_path: Path) -> None:
     """One lane sees the loss that is NaN, and all of its team drop the worker's round."""
     options = TRAIN | TEAM | {"team_strategy": way, "on_nan": "skip", "output_dir": str(tmp_path)}
@@ -105,6 +115,17 @@ def test_a_team_agrees_that_its_worker_is_spoilt(way: str, ranks: Ranks, tmp_pat
     said = "".join(words)
     assert f"worker 0 met NaN or Inf in round 2, first in the loss of local step {STEPS + 1}" in said
     assert said.count("its round is dropped") == 1
+
+
+def test_a_team_agrees_to_stop(ranks: Ranks, tmp_path: Path) -> None:
+    """All ranks end with the same line, and none has averaged anything of the round."""
+    options = TRAIN | TEAM | {"checkpoint_every": 1, "output_dir": str(tmp_path)}
+    words, _ = zip(*ranks(poisoned, 4, options), strict=True)
+    assert len(set(words)) == 1
+    assert words[0].startswith(
+        f"worker 0 met NaN or Inf in round 2, first in the loss of local step {STEPS + 1}. Nothing of this "
+    )
+    assert checkpoints(tmp_path) == ["round-000001"]
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])

@@ -163,9 +163,8 @@ def test_an_export_needs_room_for_a_tensor_and_not_for_the_model(ranks: Ranks, t
 # The measure.
 
 
-def peaks_of_phases(comm: Comm, options: dict[str, Any]) -> dict[str, int]:
-    """The most bytes of tensors alive in each phase of a run."""
-    trainer = Trainer(comm, Config(**options))
+def watched(trainer: Trainer) -> dict[str, int]:
+    """The most bytes of tensors alive in each phase of a run, once it has run."""
     found: dict[str, int] = {}
     phase = trainer.meter.phase
 
@@ -176,6 +175,13 @@ def peaks_of_phases(comm: Comm, options: dict[str, Any]) -> dict[str, int]:
         found[name] = max(live.peak, found.get(name, 0))
 
     trainer.meter.phase = counted  # type: ignore[method-assign]
+    return found
+
+
+def peaks_of_phases(comm: Comm, options: dict[str, Any]) -> dict[str, int]:
+    """The same of a run from its begin to its end."""
+    trainer = Trainer(comm, Config(**options))
+    found = watched(trainer)
     trainer.run()
     trainer.folder.release()
     return found
