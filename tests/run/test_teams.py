@@ -76,7 +76,7 @@ def test_a_team_across_machines_is_warned_of(ranks: Ranks, tmp_path: Path) -> No
 
 
 def poisoned(comm: Comm, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A run in whose second round the second rank's loss is NaN: what it says, and what it owns in the end."""
+    """A run in whose second round rank 1's loss is NaN: what it says, and what it owns in the end."""
     trainer = Trainer(comm, Config(**options))
     cross_entropy, steps = engine.F.cross_entropy, [0]
 
