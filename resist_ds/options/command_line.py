@@ -190,7 +190,8 @@ def _expected(name: str) -> str:
     if name not in TYPES:
         return "a YAML file" if name == "config" else "a number"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return " or ".join(words.get(kind, "null") for kind in _kinds(name))
+    others = {kind: " or ".join(typing.get_args(kind)) or "null" for kind in _kinds(name)}
+    return " or ".join(words.get(kind, others[kind]) for kind in _kinds(name))
 
 
 def _kinds(name: str) -> tuple[Any, ...]:

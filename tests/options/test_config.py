@@ -272,6 +272,29 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
         ("--wire compact --strategy stochastic_depth --min_blocks 2", "--wire is for --strategy resist and"),
         ("--wire compact --dtype float64", "--wire compact writes float32 shorter: type --dtype float32"),
         ("--wire gzip", "type one of exact, compact"),
+        ("--team_size x", "--team_size is 'x': type a whole number or auto"),
+        ("--team_size null", "--team_size is 'null': type a whole number or auto"),
+        ("--team_strategy fsdp", "type --team_size 2 or more, or --strategy fsdp for one net on all ranks"),
+        ("--team_size 2 --strategy ddp", "not for ddp, which is one team of all ranks"),
+        (
+            "--team_size auto --strategy stochastic_depth --min_blocks 2",
+            "not for stochastic_depth, which has one worker and one rank",
+        ),
+        ("--team_size 2 --team_strategy zero1 --overlap_steps 1", "type --overlap_steps 0"),
+        (
+            "--team_size 2 --team_strategy zero3 --warmup_rounds 1",
+            "--warmup_rounds is not for --team_strategy",
+        ),
+        ("--team_size 2 --team_strategy zero1 --dtype float64", "--team_strategy zero1 computes in float32"),
+        ("--team_size 2 --team_strategy fsdp --channels_last", "--channels_last is not for FSDP2"),
+        (
+            "--team_size 2 --deepspeed_config ds_configs/zero1.json",
+            "--deepspeed_config is for --team_strategy zero1 to zero3, not for ddp",
+        ),
+        (
+            "--team_size 2 --team_strategy zero2 --deepspeed_config ds_configs/zero1.json",
+            "zero_optimization.stage is 1, and --team_strategy zero2 is ZeRO 2",
+        ),
     ],
 )
 def test_refused(line, message):
@@ -284,7 +307,7 @@ LEAST = dict(
     momentum=0, weight_decay=0, label_smoothing=0, clip_grad=0, lr_warmup_steps=0, cpu_threads=0,
     eval_every=0, eval_batch_size=1, eval_memory=1, calibration_samples=1, checkpoint_every=0,
     checkpoint_minutes=0, keep=1, grace=0, seed=0, eps=0, local_steps_max=1,
-    overlap_steps=0,
+    overlap_steps=0, team_size=1,
 )  # fmt: skip
 
 
