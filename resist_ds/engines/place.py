@@ -84,9 +84,7 @@ def place_workers(
     """
     deal = deal_of(config, blueprint, layout.workers, start.position.round)
     if layout.team_size > 1 or config.deepspeed_config is not None:
-        for size in dict.fromkeys(
-            (1, layout.team_size)
-        ):  # made by all ranks together, before any makes its engine
+        for size in (1, layout.team_size):  # made by all ranks together, before any makes its engine
             comm.team(size).group  # noqa: B018
 
     def placed() -> Workers | SpreadNet:
