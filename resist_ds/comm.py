@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -110,11 +110,11 @@ class Comm:
                 self._finish([torch.distributed.all_reduce(one, async_op=True)])
 
     def team(self, size: int, apart: bool = False) -> "Team":
-        """This rank's team, of so many consecutive ranks; the same one each time. Collective: all ranks.
+        """This rank's team, of so many consecutive ranks; the same one each time.
 
         Args:
             size: G, of which R is a multiple.
-            apart: while its ranks share a step, an exchange of all ranks may run. The first call says so.
+            apart: whether an exchange of all ranks may run while a team's share a step. The first call says.
         """
         if size not in self._teams:
             self._teams[size] = Team(self, size, apart)
@@ -278,27 +278,29 @@ class Team:
     Attributes:
         size, lane: G, and this rank's place among them.
         ranks: all of them, in the order of their lanes.
-        group: theirs, which training libraries are given; None: that of all the ranks that there are.
     """
 
     def __init__(self, comm: Comm, size: int, apart: bool = False):
-        """Make the groups of all teams. Collective: all ranks.
-
-        Args:
-            apart: a group of its own for a team of all ranks too. In one group, what two threads begin must
-                begin in the same order on all ranks.
-        """
         assert comm.size % size == 0, (comm.size, size)
         self.size, self.lane = size, comm.rank % size
         first = comm.rank - self.lane
         self.ranks = tuple(range(first, first + size))
         self._comm = comm
-        self.group: torch.distributed.ProcessGroup | None = None
-        if size < comm.size or (apart and size > 1):
-            groups = [torch.distributed.new_group([*range(r, r + size)]) for r in range(0, comm.size, size)]
-            mine = groups[first // size]
-            assert isinstance(mine, torch.distributed.ProcessGroup)
-            self.group = mine
+        self._apart = apart and size > 1
+
+    @cached_property
+    def group(self) -> torch.distributed.ProcessGroup | None:
+        """Theirs, which training libraries are given; None: that of all the ranks that there are.
+
+        Collective: all ranks, at first use, which comes before training.
+        """
+        ranks, size = self._comm.size, self.size
+        if size == ranks and not self._apart:  # apart: two threads' operations in one group have no order
+            return None
+        groups = [torch.distributed.new_group([*range(r, r + size)]) for r in range(0, ranks, size)]
+        mine = groups[self.ranks[0] // size]
+        assert isinstance(mine, torch.distributed.ProcessGroup)
+        return mine
 
     def gather(self, value: T) -> list[T]:
         """Every lane's (small, picklable) value. Collective: the team's ranks."""

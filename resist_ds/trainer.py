@@ -335,9 +335,8 @@ class Trainer:
             found = [(step, f"first in the loss of local step {step}")]
         elif not self.workers.engine.is_finite():
             found = [(first + done, f"in the weights or momentum after local step {first + done}")]
-        size = self.net.layout.team_size
-        lanes = [found] if size == 1 else self.comm.team(size).gather(found)
-        _, where = min((each for lane in lanes for each in lane), default=(0, None))
+        team = self.comm.team(self.net.layout.team_size)
+        _, where = min((each for lane in team.gather(found) for each in lane), default=(0, None))
         return where
 
     def _dropped(self, round: int, reports: Sequence[Report], telemetry: Telemetry) -> frozenset[int]:

@@ -3,6 +3,7 @@
     python tools/bench.py --strategies resist,local_sgd,ddp --workers 2 --batch_size 2
     sudo python tools/bench.py --strategies resist,ddp --workers 4 --link 1gbit   # behind a slow network
     python tools/bench.py --strategies resist,resist:wire=compact,local_sgd --workers 2    # variants of one
+    python tools/bench.py --strategies resist,ddp --workers 2 --team_size 2 --link 1gbit   # two nodes of two
     python tools/bench.py --strategies resist,torchft_diloco --workers 2      # and what others would pick
     python tools/bench.py --what local,sync,save --workers 2,4                    # ours against bare work
     python tools/bench.py --what data --workers 4 --batch_size 128 --img_size 224 # do the data keep up?
@@ -66,7 +67,9 @@ def compare(asked: Asked, command: Sequence[str]) -> None:
     from tools.benchmark import compare, tables
 
     folder = _folder(asked.output_dir)
-    with Link(asked.ranks, asked.bits) if asked.bits else nullcontext() as network:
+    each = asked.config.team_size
+    assert isinstance(each, int)
+    with Link(asked.ranks // each, asked.bits, each) if asked.bits else nullcontext() as network:
         plan = compare.Plan(
             config=asked.config,
             variants=asked.variants,

@@ -3,8 +3,11 @@
     python tools/plan.py preact_resnet101 --workers 2,4,8 --batch_size 128
     python tools/plan.py resnetv2_101 --workers 4,8 --batch_size 256 --memory 24gib --bandwidth 1gbit
 
+    python tools/plan.py resnetv2_101 --workers 2,4 --batch_size 256 --team_size 8 --team_strategy fsdp
+
 Compared are resist and local_sgd on both wires, ddp, and FSDP2 and ZeRO, with one worker per rank, each with
-and without activation checkpointing. Options mean what they mean to train.py.
+and without activation checkpointing. With --team_size G a worker has G ranks; ddp, FSDP2 and ZeRO then share
+the same images over all W × G ranks. Options mean what they mean to train.py.
 """
 
 import argparse
@@ -19,19 +22,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resist_ds.errors import UserError
 from resist_ds.options.config import Config
+from resist_ds.options.strategy import STRATEGIES
+
+SHARED = tuple(name for name, way in STRATEGIES.items() if way.lockstep)
 
 if TYPE_CHECKING:
     from resist_ds.forecast.plan import Plan, Prediction, Wire
 
 FOOTNOTES = """\
-All figures are predicted, for one rank with one worker. MiB are 2^20 bytes, MB 10^6; M millions, G 10^9.
+All figures are predicted, for one rank with {plays}. MiB are 2^20 bytes, MB 10^6; M millions, G 10^9.
 weights, grads, optim: training state. activ: what the forward pass leaves for the backward pass.
 step: peak of a training step. sync: peak of a synchronisation, with {transit} of --transit_mib, which are
   allocated in the first one and kept: peak is the larger of sync and step + {transit}.
 kept: beside a worker, for --wire compact and --overlap_steps: {kept}.
   What libraries take for themselves (workspaces, gaps between allocations) comes on top.
 mul-adds: multiply-adds of a step, per rank; of full: the full net's without activation checkpointing.
-MB/step, MB/round: sent by all ranks. comm s: its time a round, at {bandwidth} a rank{exposed}.
+MB/step, MB/round: sent by all ranks{inside}. comm s: its time a round, at {bandwidth} a {place}{exposed}.
 resist, local_sgd, ddp: counted, on a step of tensors without storage and on the deals of {deals} rounds.
 * by formula: FSDP2 with fully_shard on every residual block and the root; ZeRO with a second copy of the
   weights that a rank updates and the preset's bucket of gradients; one block fetched ahead."""
@@ -61,6 +67,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--wire", default="exact,compact", metavar="WIRE,...", help="wires to compare [exact,compact]"
+    )
+    parser.add_argument("--team_size", type=int, default=1, metavar="G", help="ranks of a worker [1]")
+    parser.add_argument(
+        "--team_strategy", choices=SHARED, default="ddp", help="by which they share a step [ddp]"
     )
     for name, kind in (
         ("min_blocks", int),
@@ -120,6 +130,8 @@ def plan(given: argparse.Namespace) -> "Plan":
     """The predictions for what was typed. Raises `UserError`."""
     workers = workers_of(given.workers)
     shared = (
+        "team_size",
+        "team_strategy",
         "model",
         "batch_size",
         "min_blocks",
@@ -133,6 +145,11 @@ def plan(given: argparse.Namespace) -> "Plan":
     )
     config = Config(**{name: getattr(given, name) for name in (*shared, "mixed_precision")})
     Config(img_size=given.img_size, num_classes=given.num_classes)  # checks them
+    if config.batch_size % given.team_size:
+        raise UserError(
+            f"--batch_size {config.batch_size} cannot be divided over a team's {given.team_size} ranks: "
+            f"type a multiple of {given.team_size}"
+        )
 
     from resist_ds.forecast.plan import Plan, Question
     from resist_ds.forecast.units import BANDWIDTHS, MEMORIES, SPEEDS, quantity
@@ -166,11 +183,12 @@ def render(plan: "Plan", given: argparse.Namespace) -> str:
         )
     tau = config.overlap_steps
     behind = f", shared's exchange behind the last {tau} of them" if tau else ""
+    teams = f", teams of {config.team_size} ({config.team_strategy} inside)" if config.team_size != 1 else ""
     lines = [
         f"predicted for {blueprint.name}: {blueprint.parameters / 1e6:.2f} M parameters, a pool of "
         f"P = {blueprint.pool} blocks, {blueprint.num_classes} classes, "
         f"{question.img_size}×{question.img_size} pixels",
-        f"{config.batch_size} images per worker and step, {length}{behind}, "
+        f"{config.batch_size} images per worker and step, {length}{behind}{teams}, "
         f"{config.optimizer}, optimizer state: {config.optimizer_state}, "
         f"mixed precision: {config.mixed_precision}, {question.device}",
     ]
@@ -188,6 +206,9 @@ def render(plan: "Plan", given: argparse.Namespace) -> str:
         if question.speed
         else "",
         "bandwidth": given.bandwidth,
+        "plays": "one worker" if not teams else f"its part of one worker, which {given.team_size} play",
+        "place": "team" if teams else "rank",
+        "inside": "; inside: MB/round inside teams, which no slow link carries" if teams else "",
         "deals": DEALS,
     }
     lines += ["", FOOTNOTES.format(**words)]
@@ -222,11 +243,12 @@ def record(plan: "Plan", given: argparse.Namespace) -> dict[str, Any]:
 
 def row(prediction: "Prediction") -> dict[str, Any]:
     """A prediction with its unit in each name."""
-    from resist_ds.forecast.plan import BY_FORMULA
+    from resist_ds.forecast.plan import by_formula
 
     plain = (
         "strategy",
         "wire",
+        "sharing",
         "workers",
         "slots",
         "activation_checkpointing",
@@ -234,32 +256,38 @@ def row(prediction: "Prediction") -> dict[str, Any]:
         "multiply_adds",
         "share",
     )
+    sent = ("sent_step", "sent_round", "sent_team")
     sizes = ("weights", "gradients", "optimizer", "activations", "step", "transit", "kept", "sync", "peak")
     return {
         **{name: getattr(prediction, name) for name in plain},
-        **{f"{name}_bytes": getattr(prediction, name) for name in (*sizes, "sent_step", "sent_round")},
+        **{f"{name}_bytes": getattr(prediction, name) for name in (*sizes, *sent)},
         "communication_s": prediction.communication,
         "exposed_s": prediction.exposed,
         "computation_s": prediction.computation,
-        "by_formula": prediction.strategy in BY_FORMULA,
+        "by_formula": by_formula(prediction),
     }
 
 
 def _table(predictions: "list[Prediction]") -> str:
-    from resist_ds.forecast.plan import BY_FORMULA
+    from resist_ds.forecast.plan import by_formula
 
     timed = predictions[0].computation is not None
+    teams = any(p.sent_team for p in predictions)
     head = ["strategy", "wire", "W", "K", "params", "weights", "grads", "optim", "activ", "step", "sync"]
-    head += ["peak", "kept", "mul-adds", "of full", "MB/step", "MB/round", "comm s"]
+    head += ["peak", "kept", "mul-adds", "of full", "MB/step", "MB/round"]
+    head += ["inside"] if teams else []
+    head += ["comm s"]
     head += ["exposed s", "compute s"] if timed else []
     rows = [head]
     for p in predictions:
         sizes = (p.weights, p.gradients, p.optimizer, p.activations, p.step, p.sync, p.peak, p.kept)
-        cells = [p.strategy + ("*" if p.strategy in BY_FORMULA else ""), p.wire, str(p.workers), str(p.slots)]
+        cells = [p.strategy + ("*" if by_formula(p) else ""), p.wire, str(p.workers), str(p.slots)]
         cells += [f"{p.parameters / 1e6:.2f} M"]
         cells += [f"{size / 2**20:,.0f}" if size else "-" for size in sizes]
         cells += [f"{p.multiply_adds / 1e9:,.1f} G", f"{100 * p.share:.0f} %"]
-        cells += [f"{p.sent_step / 1e6:,.1f}", f"{p.sent_round / 1e6:,.1f}", f"{p.communication:.3g}"]
+        cells += [f"{p.sent_step / 1e6:,.1f}", f"{p.sent_round / 1e6:,.1f}"]
+        cells += [f"{p.sent_team / 1e6:,.1f}" if p.sent_team else "-"] if teams else []
+        cells += [f"{p.communication:.3g}"]
         cells += [f"{seconds:.3g}" for seconds in (p.exposed, p.computation) if seconds is not None]
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from resist_ds.comm import Comm, Team, deepspeed_comm
@@ -48,11 +48,10 @@ class Inside:
 
     @classmethod
     def of(cls, comm: Comm, config: Config) -> "Inside":
-        """Of a run: all ranks, a team, or a rank alone. Collective: all ranks."""
+        """Of a run: all ranks, a team, or a rank alone."""
         if config.way.lockstep:
             return cls(comm, comm.team(comm.size), f"--strategy {config.strategy}", "gradients")
         assert isinstance(config.team_size, int)
-        comm.team(1)  # DeepSpeed's models are a rank's own
         return cls(comm, comm.team(config.team_size), f"--team_strategy {config.team_strategy}", KIND)
 
     @property
@@ -146,18 +145,6 @@ def place_shards(
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP2 has spread, whole on every rank. Collective: all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def share(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `value`, which all ranks hold whole, as `like` is spread."""
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def gather_rows(inside: Inside, part: Tensor) -> list[Tensor]:

@@ -84,8 +84,8 @@ def place_workers(
     """
     deal = deal_of(config, blueprint, layout.workers, start.position.round)
     if layout.team_size > 1 or config.deepspeed_config is not None:
-        # Made by all ranks together, before any makes its engine.
-        comm.team(1), comm.team(layout.team_size, apart=config.overlap_steps > 0)
+        for size in (1, layout.team_size):  # made by all ranks together, before any makes its engine
+            comm.team(size, apart=config.overlap_steps > 0).group  # noqa: B018
 
     def placed() -> Workers | SpreadNet:
         source = start.source(blueprint, config.test_scale(deal.slots, deal.pool))

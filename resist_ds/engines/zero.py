@@ -99,13 +99,14 @@ class ZeroEngine:
         if not self._layout:
             return
         team, lanes = self._inside.team, self._layout.block.lanes
-        for name, tensors in self._layout.tensors(worker.vector, self._prefix).items():
-            for kind, part in tensors.items():
-                value = self.get(name, kind)
-                if part.dim() == 0 or lanes == 1:
-                    part.copy_(value.reshape(part.shape))
-                else:
-                    place(value.reshape(self._shapes[name]), part, team.lane, lanes)
+        with self._counted():
+            for name, tensors in self._layout.tensors(worker.vector, self._prefix).items():
+                for kind, part in tensors.items():
+                    value = self.get(name, kind)
+                    if part.dim() == 0 or lanes == 1:
+                        part.copy_(value.reshape(part.shape))
+                    else:
+                        place(value.reshape(self._shapes[name]), part, team.lane, lanes)
 
     def step(self, x: Tensor, y: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """One local step, of all of the team. Collective: the team."""

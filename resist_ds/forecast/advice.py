@@ -40,8 +40,9 @@ def advice(plan: Plan) -> list[Advice]:
 
     # A smaller batch is slow as well, and another optimization problem: checkpointing comes first.
     checkpointing = needs(asked, False) > room
-    largest = _largest_power_of_two(lambda batch: needs(batch, checkpointing) <= room)
-    if largest < 2:  # a single image has no batch statistics
+    ranks = question.ranks_each
+    largest = ranks * _largest_power_of_two(lambda each: needs(each * ranks, checkpointing) <= room)
+    if largest < 2 * ranks:  # a single image has no batch statistics
         return []
     as_asked = needs(asked, checkpointing) <= room
     batch = asked if as_asked else largest
@@ -59,6 +60,7 @@ def advice(plan: Plan) -> list[Advice]:
         )
         for wire in wires
     ]
+    power = "power of two" if ranks == 1 else f"power of two for each of {ranks} ranks"
     return [
         Advice("workers", workers, "the most asked for: most images a round, fewest blocks a worker"),
         Advice(
@@ -70,7 +72,7 @@ def advice(plan: Plan) -> list[Advice]:
         Advice(
             "batch_size",
             batch,
-            f"{'as asked' if as_asked else 'the largest power of two that fits'}: "
+            f"{'as asked' if as_asked else f'the largest {power} that fits'}: "
             f"{_mib(needs(batch, checkpointing))} at K = {fewest}, which has room for {largest}",
         ),
         Advice(
@@ -129,7 +131,8 @@ def _fewest_steps(question: Question, chosen: Prediction) -> int:
         exchange = _exchange_in_steps(question, chosen)
         steps = math.ceil((1 / COMMUNICATION_SHARE - 1) * exchange)  # c ≤ s(c + ℓ)
     else:
-        ddp = sent_per_step("ddp", question.blueprint, question.config, chosen.workers)
+        ranks = chosen.workers * question.ranks_each
+        ddp = sent_per_step("ddp", question.blueprint, question.config, ranks)
         steps = math.ceil(chosen.sent_round / (COMMUNICATION_SHARE * ddp)) if ddp else 1
     return max(1 + question.config.overlap_steps, steps)
 

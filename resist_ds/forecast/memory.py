@@ -12,6 +12,7 @@ from resist_ds.nets.subnet import StateLayout, itemsize
 from resist_ds.options.config import Config
 from resist_ds.options.json_file import read
 from resist_ds.options.presets import PRESETS
+from resist_ds.options.strategy import STRATEGIES
 from resist_ds.protocol.coded import CHUNK
 from resist_ds.protocol.sync import MEAN_CHUNK
 
@@ -31,18 +32,28 @@ def memory_of(
     config: Config,
     device: Device,
 ) -> dict[str, int]:
-    """The fields of a `Prediction` that are bytes of a rank, which plays one of the workers."""
+    """The fields of a `Prediction` that are bytes of a rank, which plays one worker, alone or in a team.
+
+    Args:
+        usage: of a step on what a rank has of the batch.
+    """
     layout, size = StateLayout.of(blueprint, config, slots), itemsize(config)
     weights = (layout.shared.parameters + slots * layout.block.parameters) * size
     optimizer = layout.numel * size - weights
-    held = _held(strategy, workers, weights, usage.gradients, optimizer)
-    step = _peak(strategy, workers, usage, sum(held), blueprint, config)
+    sharing, ranks = sharers(strategy, workers, config)
+    held = _held(sharing, ranks, weights, usage.gradients, optimizer)
+    step = _peak(sharing, ranks, slots, usage, sum(held), blueprint, config)
     transit = kept = sync = 0
-    if strategy in ("resist", "local_sgd"):
+    if STRATEGIES[strategy].averages:
         travel = config.optimizer_state == "travel"
+        state = usage.state
+        if sharing and STRATEGIES[sharing].spread:  # a lane synchronises what it has
+            layout = StateLayout.of(blueprint, config, slots, ranks)
+            state = held[0] + held[2]
+            weights = -(-weights // ranks)
         transit = max(min(config.transit_mib << 20, weights), layout.block.exchanged(travel) * size)
         kept = _kept(layout, workers, config, device)
-        sync = usage.state + transit
+        sync = state + transit
         if device == "cpu":  # on a GPU all this is in host memory, or within the budget
             working = CODING[config.optimizer] if config.wire == "compact" and workers > 1 else AVERAGING
             sync += kept + working
@@ -57,32 +68,56 @@ def memory_of(
     }
 
 
+def sharers(strategy: str, workers: int, config: Config) -> tuple[str | None, int]:
+    """By which strategy so many ranks share each step of a net; (None, 1): each rank is alone.
+
+    Args:
+        workers: W; of a strategy in lockstep, the ranks.
+    """
+    if STRATEGIES[strategy].lockstep:
+        return strategy, workers
+    assert isinstance(config.team_size, int)
+    return (config.team_strategy, config.team_size) if config.team_size > 1 else (None, 1)
+
+
 def _kept(layout: StateLayout, workers: int, config: Config, device: Device) -> int:
     """Host memory that a worker's `--wire compact` and `--overlap_steps` keep beside its vector, in bytes."""
     tensors = []
     if config.wire == "compact" and workers > 1:  # the reference and the errors, float32
-        tensors += [4 * layout.shared.matrices] * 2
+        slices = config.team_size if config.inside and not config.inside.spread else 1
+        assert isinstance(slices, int)
+        tensors += [-(-4 * layout.shared.matrices // slices)] * 2
     if config.overlap_steps and workers > 1:  # of shared what takes part, and once more what was sent
         sent = layout.shared.exchanged(config.optimizer_state == "travel")
         tensors += [layout.shared.numel * itemsize(config), sent * itemsize(config)]
     return sum(map(pinned_bytes, tensors) if device == "cuda" else tensors)
 
 
-def _peak(strategy: str, ranks: int, usage: Usage, held: int, blueprint: Blueprint, config: Config) -> int:
+def _peak(
+    sharing: str | None,
+    ranks: int,
+    slots: int,
+    usage: Usage,
+    held: int,
+    blueprint: Blueprint,
+    config: Config,
+) -> int:
     """Bytes at the peak of a step, of which `held` are training state."""
-    if strategy in ("resist", "local_sgd") or (strategy == "ddp" and ranks == 1):
+    if sharing is None or (sharing == "ddp" and ranks == 1):
         return usage.peak
-    if strategy == "ddp":
+    if sharing == "ddp":
         return usage.peak_with_kept_gradients
     gathered = 0
-    if strategy in ("fsdp", "zero3") and ranks > 1:
+    if STRATEGIES[sharing].spread_parameters and ranks > 1:
         # whole: the root's weights and gradients, those of one block, and of the next that is fetched
-        root, *blocks = fsdp_units(blueprint, ranks)
-        gathered = (root + 2 * max(blocks)) * (gathered_itemsize(strategy, config) + itemsize(config))
-    return held + usage.passes + gathered + _bucket(strategy)
+        root, *blocks = fsdp_units(blueprint, ranks, slots)
+        gathered = (root + 2 * max(blocks)) * (gathered_itemsize(sharing, config) + itemsize(config))
+    return held + usage.passes + gathered + _bucket(sharing)
 
 
-def _held(strategy: str, ranks: int, weights: int, gradients: int, optimizer: int) -> tuple[int, int, int]:
+def _held(
+    sharing: str | None, ranks: int, weights: int, gradients: int, optimizer: int
+) -> tuple[int, int, int]:
     """(weights, gradients, optimizer state) of a rank, in bytes, without what is gathered for a moment.
 
     DeepSpeed keeps its own copy of the weights that a rank updates, in float32 too.
@@ -96,7 +131,7 @@ def _held(strategy: str, ranks: int, weights: int, gradients: int, optimizer: in
         "zero1": (weights, gradients, shard(optimizer + weights)),
         "zero2": (weights, shard(gradients), shard(optimizer + weights)),
         "zero3": (shard(weights), shard(gradients), shard(optimizer + weights)),
-    }.get(strategy, (weights, gradients, optimizer))
+    }.get(sharing or "", (weights, gradients, optimizer))
 
 
 def _bucket(strategy: str) -> int:

@@ -2,7 +2,7 @@
 
 Figures of resist, local_sgd and ddp are counted: on the deals (`traffic`), and on a step with fake tensors
 (`footprint`). Those of FSDP2 and ZeRO follow their published formulas, with FSDP2's `fully_shard` on every
-residual block and on the root. One worker per rank everywhere. No communication.
+residual block and on the root. One worker per rank, or per team, everywhere. No communication.
 """
 
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from resist_ds.engines.timetable import mean_local_steps
 from resist_ds.errors import UserError
 from resist_ds.forecast.footprint import Device, Footprints, count_once
-from resist_ds.forecast.memory import memory_of
-from resist_ds.forecast.traffic import sent_per_round, sent_per_step
+from resist_ds.forecast.memory import memory_of, sharers
+from resist_ds.forecast.traffic import sent_inside, sent_per_round, sent_per_step
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options import strategy as ways
 from resist_ds.options.config import Config
@@ -21,7 +21,6 @@ from resist_ds.protocol.partition import Layout, slots_for
 STRATEGIES = tuple(name for name in ways.STRATEGIES if name != "stochastic_depth")  # that has one worker
 Wire = Literal["exact", "compact"]
 WIRES: tuple[Wire, ...] = ("exact", "compact")
-BY_FORMULA = tuple(name for name in STRATEGIES if ways.STRATEGIES[name].spread)
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,11 @@ class Question:
     """What is to be predicted.
 
     Attributes:
-        config: of it count what shapes a step or an exchange; batch_size is that of a worker.
+        config: of it count what shapes a step or an exchange; batch_size is that of a worker. With teams of
+            G ranks a worker has G of them, and a strategy in lockstep as many ranks, and the same images.
         img_size: pixels.
-        workers: the W to compare; each is R too.
-        bandwidth: bytes a second that one rank can send.
+        workers: the W to compare; R is G times that.
+        bandwidth: bytes a second that one rank, or the machine of a team, can send.
         memory: bytes of a device.
         speed: multiply-adds a second that one device sustains in training, where the user knows it.
         wires: to compare, for the strategies that synchronise once a round.
@@ -56,6 +56,12 @@ class Question:
                 f"type at most {pool}, its pool blocks"
             )
 
+    @property
+    def ranks_each(self) -> int:
+        """G."""
+        assert isinstance(self.config.team_size, int)
+        return self.config.team_size
+
     def slots(self, workers: int) -> int:
         """K of resist."""
         return slots_for(workers, self.blueprint.pool, self.config.min_blocks)
@@ -70,6 +76,7 @@ class Prediction:
     """Of one strategy at one W on one wire, for one rank; bytes, where nothing else is said.
 
     Attributes:
+        sharing: by which ranks share a step, all of them or a team's; None: each is alone.
         parameters: elements that a rank holds, replicas counted.
         weights, gradients, optimizer: of the training state; DeepSpeed's second copy of the weights counts
             as optimizer state.
@@ -80,7 +87,8 @@ class Prediction:
             else part of `step` and `sync`.
         sync: peak of a synchronisation, `transit` in it; 0 where there is none.
         multiply_adds: of a step; share: of those of the full net without activation checkpointing.
-        sent_step, sent_round: by all ranks together.
+        sent_step, sent_round: by all ranks together, but inside teams.
+        sent_team: inside teams, in a round.
         communication, computation: seconds of a round.
         exposed: of communication the seconds that no step of `--overlap_steps` hides. Where the speed is
             unknown computation is None, and so is this.
@@ -88,6 +96,7 @@ class Prediction:
 
     strategy: str
     wire: Wire
+    sharing: str | None
     workers: int
     slots: int
     activation_checkpointing: bool
@@ -104,6 +113,7 @@ class Prediction:
     share: float
     sent_step: float
     sent_round: float
+    sent_team: float
     communication: float
     exposed: float | None
     computation: float | None
@@ -117,6 +127,11 @@ class Prediction:
     def training_state(self) -> int:
         """Weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer
+
+
+def by_formula(prediction: Prediction) -> bool:
+    """Whether its memory is that of published formulas, and not counted."""
+    return prediction.sharing is not None and ways.STRATEGIES[prediction.sharing].spread
 
 
 class Plan:
@@ -138,6 +153,8 @@ class Plan:
                 wire="exact",
                 overlap_steps=0,
                 local_steps_max=None,
+                team_size=1,
+                team_strategy="ddp",
             )
             place = (least, question.img_size, question.device)
             alone = Footprints(question.blueprint, replace(config, strategy="resist"), *place)
@@ -175,23 +192,29 @@ class Plan:
         config = replace(question.config, wire="exact")
         if wire != "exact":  # which the strategy that was typed need not have
             config = replace(config, strategy=strategy, wire=wire)  # type: ignore[arg-type]
-        batch = batch or config.batch_size
+        team_size = question.ranks_each
+        batch = (batch or config.batch_size) // team_size  # of a rank
         if strategy != "resist":
             slots = blueprint.pool
         slots = slots or question.slots(workers)
         lockstep = ways.STRATEGIES[strategy].lockstep
-        usage = self._footprints[lockstep, activation_checkpointing].usage(slots, batch)
-        full = self._footprints[lockstep, False].usage(blueprint.pool, batch)
+        places = workers * team_size if lockstep else workers  # that send
+        together = lockstep or team_size > 1
+        usage = self._footprints[together, activation_checkpointing].usage(slots, batch)
+        full = self._footprints[together, False].usage(blueprint.pool, batch)
 
-        memory = memory_of(strategy, workers, slots, usage, blueprint, config, question.device)
+        memory = memory_of(strategy, places, slots, usage, blueprint, config, question.device)
+        sharing, _ = sharers(strategy, places, config)
         steps = mean_local_steps(config)
-        if strategy in ("resist", "local_sgd"):
+        sent_team = 0.0
+        if not lockstep:
             sent_round = sent_per_round(blueprint, config, workers, slots)
             sent_step = sent_round / steps
+            sent_team = sent_inside(blueprint, config, workers, slots, steps)
         else:
-            sent_step = sent_per_step(strategy, blueprint, config, workers)
+            sent_step = sent_per_step(strategy, blueprint, config, places)
             sent_round = sent_step * steps
-        communication = sent_round / workers / question.bandwidth
+        communication = sent_round / places / question.bandwidth
         computation = exposed = None
         if question.speed:
             step = usage.multiply_adds / question.speed
@@ -200,22 +223,25 @@ class Plan:
             front = communication
             if behind:
                 blocks = sent_per_round(blueprint, config, workers, slots, blocks_alone=True)
-                front = blocks / workers / question.bandwidth
+                front = blocks / places / question.bandwidth
             exposed = front + max(0.0, communication - front - behind * step)
+        parameters = blueprint.parameters_held(slots)
+        if sharing and ways.STRATEGIES[sharing].spread_parameters:
+            parameters = -(-parameters // (places if lockstep else team_size))
         return Prediction(
             strategy=strategy,
             wire=wire,
+            sharing=sharing,
             workers=workers,
             slots=slots,
             activation_checkpointing=activation_checkpointing,
-            parameters=ways.STRATEGIES[strategy].parameters_held(
-                blueprint.parameters, blueprint.parameters_held(slots), workers
-            ),
+            parameters=parameters,
             **memory,
             multiply_adds=usage.multiply_adds,
             share=usage.multiply_adds / full.multiply_adds,
             sent_step=sent_step,
             sent_round=sent_round,
+            sent_team=sent_team,
             communication=communication,
             exposed=exposed,
             computation=computation,
@@ -227,13 +253,14 @@ class Expected(NamedTuple):
 
     Attributes:
         peak: of what a worker's step or exchange takes.
-        sent: by all ranks in a round.
+        sent: by all ranks in a round, but inside teams; inside: that.
         kept: in host memory, by all of a rank's workers, for the wire and the overlap; 0 on a CPU, where it
             is in `peak`.
     """
 
     peak: int
     sent: float
+    inside: float
     kept: int
 
 
@@ -252,11 +279,13 @@ def expected(
         config: of a strategy that is predicted: without `--deepspeed_config`, not stochastic_depth.
         slots, most: K, of whose rounds the bytes are, and the most in any round, of which the memory is.
     """
-    usage = count_once(blueprint, config, most, img_size, device)
+    alone = replace(config, batch_size=config.batch_size // layout.team_size)
+    usage = count_once(blueprint, alone, most, img_size, device)
     memory = memory_of(config.strategy, layout.workers, most, usage, blueprint, config, device)
     if config.way.lockstep:
         sent: float = config.local_steps * sent_per_step(config.strategy, blueprint, config, layout.ranks)
     else:
         sent = sent_per_round(blueprint, config, layout.workers, slots, layout)
+    inside = sent_inside(blueprint, config, layout.workers, slots, config.local_steps)
     kept = memory["kept"] * len(layout.workers_of(0)) if device == "cuda" else 0
-    return Expected(max(memory["step"] + memory["transit"], memory["sync"]), sent, kept)
+    return Expected(max(memory["step"] + memory["transit"], memory["sync"]), sent, inside, kept)

@@ -102,7 +102,7 @@ def _check_strategy(config: Any) -> None:
 
 def _check_team(config: Any) -> None:
     """What is typed of teams, against the rest; how many ranks there are is not known yet."""
-    if isinstance(config.team_size, str) and config.team_size != "auto":
+    if config.team_size != "auto" and type(config.team_size) is not int:
         raise UserError(f"--team_size is {config.team_size!r}: type a whole number or auto")
     if config.team_size == 1:
         if config.team_strategy != config.default("team_strategy"):

@@ -15,7 +15,6 @@ from argparse import ArgumentError, HelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from decimal import Decimal, InvalidOperation
-from types import NoneType
 from typing import Any, NamedTuple
 
 import yaml
@@ -190,8 +189,9 @@ def _expected(name: str) -> str:
         return f"one of {', '.join(CHOICES[name])}"
     if name not in TYPES:
         return "a YAML file" if name == "config" else "a number"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-    return " or ".join(words.get(kind) or " or ".join(typing.get_args(kind)) for kind in _kinds(name))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    others = {kind: " or ".join(typing.get_args(kind)) or "null" for kind in _kinds(name)}
+    return " or ".join(words.get(kind, others[kind]) for kind in _kinds(name))
 
 
 def _kinds(name: str) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ class Alone:
 
     Args:
         state: of this rank's vectors.
+        carried: what of the optimizer's state outlives a round.
         lanes: [start, stop) of the errors that each lane has, where a team holds the same vectors.
     """
 
@@ -34,11 +35,13 @@ class Alone:
         comm: Comm,
         layout: Layout,
         state: StateLayout,
+        carried: OptimizerState,
         shards: TeamShards | None,
         lanes: Sequence[tuple[int, int]],
     ):
         self._comm = comm
         self._state = state
+        self._carried = carried
         self._shards = shards
         self._lanes = lanes
         self._lane = layout.lane_of(comm.rank)
@@ -95,11 +98,9 @@ class Alone:
 
     def _layouts(self, kind: Kind) -> tuple[PartLayout, PartLayout]:
         """Of what a lane has of shared, and of all of it."""
-        found = self._state.shared, self._state.whole().shared
-        if kind == "shared":
-            return found
-        here, whole = (replace(layout, state=OptimizerState(())) for layout in found)
-        return here, whole
+        state = self._carried if kind == "shared" else OptimizerState(())
+        here, whole = self._state.shared, self._state.whole().shared
+        return replace(here, state=state), replace(whole, state=state)
 
     def _slices(self, part: Tensor | None) -> Tensor | None:
         """Put all lanes' slices together on the first one. Collective: all ranks."""

@@ -81,7 +81,8 @@ class GlobalModel:
         self.overlap = Overlap(comm, self.sync, self.workers.layout, travel=travel)
         self.ahead: dict[int, Tensor] = {}
         lanes = self.sync.differences.group.lanes if self.sync.differences else ()
-        self._alone = Alone(comm, layout, workers.layout, workers.shards, lanes)
+        carried = OptimizerState.carried(config)
+        self._alone = Alone(comm, layout, workers.layout, carried, workers.shards, lanes)
         comm.agree(lambda: self._take_up(start))
         start.close()
 

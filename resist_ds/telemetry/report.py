@@ -147,6 +147,9 @@ def _predicted(job: Job, slots: int, first: int) -> str | None:
     except Exception as error:  # what torch cannot do without storage must not end a run that it can do
         return f"predicted: nothing, this net's step cannot be counted ({type(error).__name__})"
     bytes_sent = f"{_megabytes(found.sent)} sent a round by all ranks" if comm.size > 1 else "nothing sent"
+    if job.layout.team_size > 1:
+        sent, inside = map(_megabytes, (found.sent, found.inside))
+        bytes_sent = f"{sent} sent a round between teams and {inside} inside them"
     peak = found.peak + job.data.on_gpu
     kept = f", {found.kept / 2**20:,.0f} MiB a rank in host memory" if found.kept else ""
     return f"predicted: {peak / 2**20:,.0f} MiB of tensors at the peak of a step{kept}, {bytes_sent}"

@@ -25,16 +25,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from resist_ds.comm import Comm
 from resist_ds.engines.engine import TorchEngine
 from resist_ds.engines.local import local_steps
-from resist_ds.engines.parallel import data_parallel
+from resist_ds.engines.parallel import Inside, data_parallel
 from resist_ds.engines.spread import SpreadNet
 from resist_ds.forecast.advice import advice
 from resist_ds.forecast.footprint import Device, Footprints, Usage, count
 from resist_ds.forecast.memory import AVERAGING, memory_of
-from resist_ds.forecast.plan import BY_FORMULA, STRATEGIES, Plan, Prediction, Question
+from resist_ds.forecast.plan import STRATEGIES, Plan, Prediction, Question
 from resist_ds.forecast.traffic import sent_per_step
 from resist_ds.forecast.units import BANDWIDTHS, MEMORIES, SPEEDS, quantity
 from resist_ds.nets.blueprint import Blueprint
 from resist_ds.nets.subnet import StateLayout, Subnet, Worker
+from resist_ds.options import strategy as ways
 from resist_ds.options.config import Config
 from resist_ds.protocol.partition import Layout, sample_partition
 from resist_ds.protocol.sync import Synchroniser
@@ -46,6 +47,7 @@ from tests.conftest import Ranks
 from tests.saved import train
 
 TOOL = ROOT / "tools" / "plan.py"
+BY_FORMULA = tuple(name for name in STRATEGIES if ways.STRATEGIES[name].spread)
 COUNTED = tuple(s for s in STRATEGIES if s not in BY_FORMULA)
 CPU = torch.device("cpu")
 BASIC, BOTTLENECK, WIDE = (
@@ -98,7 +100,7 @@ def steps(subnet: Subnet, config: Config, img_size: int, number: int = 2, comm: 
     worker = Worker(0, subnet.vector, torch.amp.GradScaler(device.type, enabled=False))
     engine = TorchEngine(subnet, config)
     if comm is not None:
-        engine.forward = data_parallel(comm, engine.forward)
+        engine.forward = data_parallel(Inside.of(comm, replace(config, strategy="ddp")), engine.forward)
     engine.load(worker)
     local_steps(engine, iter([(x, y)] * number), rates=[0.1] * number)
 

@@ -306,6 +306,10 @@ def test_unknown_precision_of_the_launcher(monkeypatch):
             "--team_size 2 --deepspeed_config ds_configs/zero1.json",
             "--deepspeed_config is for --team_strategy zero1 to zero3, not for ddp",
         ),
+        (
+            "--team_size 2 --team_strategy zero2 --deepspeed_config ds_configs/zero1.json",
+            "zero_optimization.stage is 1, and --team_strategy zero2 is ZeRO 2",
+        ),
     ],
 )
 def test_refused(line, message):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from resist_ds import launcher, rendezvous, trainer
 from resist_ds.comm import Comm
-from resist_ds.engines.parallel import data_parallel
+from resist_ds.engines.parallel import Inside, data_parallel
 from resist_ds.errors import RunError, UserError
 from resist_ds.launcher import Launch
 from resist_ds.options.config import Config
@@ -193,9 +193,10 @@ def test_places_are_counted_by_machine_and_gpu(name: str) -> None:
 def test_who_shares_a_gpu_is_named_where_a_strategy_needs_one_for_each_rank() -> None:
     """DDP, FSDP2 and ZeRO communicate over NCCL alone, which has no two ranks on one GPU."""
     line = "--strategy ddp needs a GPU for every rank, and ranks 0 and 2 have the same one: start fewer ranks"
-    crowded: Any = SimpleNamespace(size=4, lack="ranks 0 and 2 have the same one")
+    crowded: Any = SimpleNamespace(lack="ranks 0 and 2 have the same one")
+    everyone: Any = SimpleNamespace(size=4)
     with pytest.raises(UserError, match=f"^{line}$"):
-        data_parallel(crowded, torch.nn.Linear(1, 1))
+        data_parallel(Inside(crowded, everyone, "--strategy ddp", "gradients"), torch.nn.Linear(1, 1))
 
 
 CARD = {"pci_domain_id": 0, "pci_bus_id": 0x17, "pci_device_id": 2}

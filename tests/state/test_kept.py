@@ -80,6 +80,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_same_run(folder, wholes(kind), at)
 
 
+@pytest.mark.parametrize(("way", "kind"), [("ddp", "both"), ("fsdp", "both"), ("fsdp", "reset")])
+def test_a_team_saves_whole_what_its_worker_holds_alone(
+    way: str, kind: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Of which each of its ranks has a slice, or rows; and its ranks take that up again."""
+    options = {**KINDS[kind], "team_size": 2, "team_strategy": way}
+    whole = tmp_path / "whole"
+    ranks(train, 4, {**options, "output_dir": str(whole)})
+    assert {name.partition(".")[2] for name in held(whole / "checkpoints" / checkpoints(whole)[1])} == set(
+        HELD[kind]
+    )
+    folder = resumed(ranks, 4, whole, 2, tmp_path / "run", **options)
+    assert_same_run(folder, whole, 2)
+
+
 @pytest.mark.parametrize("kind", ["compact", "both"])
 def test_written_in_the_background_it_is_the_same(
     kind: str, wholes: Callable[[str], Path], ranks: Ranks, tmp_path: Path

@@ -74,9 +74,9 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
     parser.add_argument(
         "--workers", metavar="W", help="of a comparison; else several, separated by commas [2,4]"
     )
-    parser.add_argument("--ranks", type=int, metavar="R", help="of a comparison [one per worker]")
+    parser.add_argument("--ranks", type=int, metavar="R", help="of a comparison [a worker's each]")
     parser.add_argument(
-        "--link", metavar="RATE", help="a network of so much for each rank: 1gbit (root, Linux)"
+        "--link", metavar="RATE", help="a network of so much for each rank or team: 1gbit (root, Linux)"
     )
     parser.add_argument(
         "--data_dir", type=Path, help="image folder for --what data [one of its own, of noise]"
@@ -110,8 +110,10 @@ def read(argv: Sequence[str], doc: str | None = None) -> Asked:
     workers = _numbers(given.workers or ("" if compared else "2,4"))
     if compared and len(workers) != 1:
         raise UserError("--workers of a comparison is one number: type --workers 2, for instance")
-    ranks = workers[0] if given.ranks is None else given.ranks
     config = _config(rest)
+    if config.team_size == "auto":
+        raise UserError("--team_size auto is a machine's ranks, which all are here: type a number")
+    ranks = config.team_size * (workers[0] if workers else 1) if given.ranks is None else given.ranks
     variants: tuple[Variant, ...] = ()
     if compared:
         threads = config.cpu_threads or max(1, cores() // max(1, ranks))
@@ -178,8 +180,15 @@ def check(config: Config, ranks: int) -> None:
         raise UserError(
             f"--{name} is {min(workers, ranks)}: a comparison needs 2 or more, which exchange something"
         )
-    if ranks > workers:
-        raise UserError(f"--ranks {ranks} is more than --workers {workers}: type at most {workers}")
+    assert isinstance(config.team_size, int)
+    if ranks > workers * config.team_size:
+        most, whose = workers * config.team_size, f"--workers {workers}"
+        whose += f" in teams of {config.team_size}" if config.team_size > 1 else ""
+        raise UserError(f"--ranks {ranks} is more than {whose}: type at most {most}")
+    if ranks % config.team_size:
+        raise UserError(f"--ranks {ranks} are no teams of {config.team_size}: type a multiple of that")
+    if config.batch_size % config.team_size:
+        raise UserError(f"--batch_size must divide over a team: type a multiple of {config.team_size}")
     if config.rounds is None:
         raise UserError("--rounds is null: a comparison needs a number of rounds, for instance 3")
 

@@ -52,7 +52,13 @@ class Plan:
     @property
     def played(self) -> int:
         """Workers that a rank plays at most."""
-        return -(-self.workers // self.ranks)
+        return -(-self.workers // self.nodes)
+
+    @property
+    def nodes(self) -> int:
+        """Ranks, or the teams of them, each of which is a machine on the network."""
+        assert isinstance(self.config.team_size, int)
+        return self.ranks // self.config.team_size
 
     def config_of(self, variant: Variant, repeat: int) -> Config:
         return replace(variant.config, seed=self.config.seed + repeat)
@@ -94,7 +100,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
                 failed[variant.name] = run
                 say(f"{variant.name} is left out from here on: {run}")
                 continue
-            if not variant.peer:
+            if not variant.peer and plan.nodes == plan.ranks:  # bare work knows no teams
                 run["bare"] = _bare(plan, variant, run, facts["strategies"][variant.name]["slots"])
             measured["runs"].append(run)
             speed = f"{run['samples_per_s']:.1f} samples/s"
@@ -103,7 +109,7 @@ def measure(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     for variant in ours:
         name = f"memory-{variant.file}"
         config = _with_folder(plan.config_of(variant, 0), plan, name)
-        if config.way.lockstep or config.deepspeed_config is not None:  # DDP's buckets, shards, masters
+        if config.inside or config.deepspeed_config is not None:  # DDP's buckets, shards, masters
             memory[variant.name] = "absent: the tracker does not know its gradients or parameters as such"
             continue
         memory[variant.name] = plan.start(limits.categories, config, name=name)[0]
@@ -122,7 +128,7 @@ def _measure_link(plan: Plan) -> dict[str, Any]:
     rates = plan.start(link.measure, network.addresses, size, name="link")
     return {
         "bits_per_s": network.bits,
-        "mbit_per_s": [8 * rate / 1e6 for rate in rates],
+        "mbit_per_s": [8 * rate / 1e6 for rate in rates if rate is not None],
         "bytes": size,
         "addresses": network.addresses,
         "namespaces": network.identities[1:],
@@ -135,7 +141,7 @@ def _run(plan: Plan, variant: Variant, repeat: int) -> dict[str, Any]:
     told = plan.start(_train, config, name=name)
     shutil.rmtree(Path(config.output_dir) / "checkpoints")  # as large as the models
     figures = read(Path(config.output_dir), config, [rank["baseline"] for rank in told], plan.ranks)
-    wires = [rank["wire"] for rank in told]
+    wires = [rank["wire"] for rank in told[:: plan.ranks // plan.nodes]]  # of a machine, all its ranks'
     wire = sum(wires) if None not in wires else None
     return {
         "strategy": variant.name,
@@ -220,7 +226,7 @@ def read(folder: Path, config: Config, baselines: Sequence[int], ranks: int) -> 
     every = kinds["round"]
     counts = counted.measured_rounds(config)
     rounds = [every[i] for i in counts]
-    assert config.workers is not None
+    assert config.workers is not None and isinstance(config.team_size, int)  # a team plays W/T workers
     before = every[counts.start - 1]["samples_seen"] if counts.start else 0
     images = rounds[-1]["samples_seen"] - before
     steps = images / (config.workers * config.batch_size) / len(rounds)  # of a worker, in a round
@@ -234,7 +240,7 @@ def read(folder: Path, config: Config, baselines: Sequence[int], ranks: int) -> 
     sent = sum(record["comm/bytes_round"] for record in rounds) / len(rounds)
     return {
         "samples_per_s": images / seconds,
-        "local_step_s": local / (steps * len(rounds) * config.workers / ranks),  # a rank plays W/R workers
+        "local_step_s": local / (steps * len(rounds) * config.workers / (ranks / config.team_size)),
         "sync_s": sync / len(rounds),
         "sync_exposed_s": waited / len(rounds),
         "waited_share": waited / seconds,

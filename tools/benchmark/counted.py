@@ -65,9 +65,11 @@ def multiply_adds(blueprint: Blueprint, slots: int, config: Config) -> int:
 def held_bytes(blueprint: Blueprint, config: Config, slots: int) -> int:
     """The fewest bytes of parameters, gradients and optimizer state that a rank, one of W, must hold."""
     assert config.workers is not None
-    way, vectors = config.way, len(OptimizerState.of(config).vectors)
+    way, vectors = config.inside or config.way, len(OptimizerState.of(config).vectors)
+    ranks = config.workers if config.way.lockstep else config.team_size
+    assert isinstance(ranks, int)
     spread = (way.spread_parameters, way.spread_parameters or (way.stage or 0) >= 2, way.spread)
-    parameters, gradients, state = (1 / config.workers if is_spread else 1 for is_spread in spread)
+    parameters, gradients, state = (1 / ranks if is_spread else 1 for is_spread in spread)
     copies = parameters + gradients + state * vectors
     return math.ceil(blueprint.parameters_held(slots) * copies * _itemsize(config))
 

@@ -1,10 +1,11 @@
-"""A slow network on one machine: every rank in a network namespace of its own, behind a limited link.
+"""A slow network on one machine: every rank, or team, in a network namespace, behind a limited link.
 
     rank 0 ─ eth0 ═ port0 ┐
     rank 1 ─ eth0 ═ port1 ┼ bridge        each end of every veth pair sends through `tc tbf`
     rank 2 ─ eth0 ═ port2 ┘
 
-So a rank sends and receives at the given rate at most, both at once, as on a switch. Namespaces and links
+So a rank sends and receives at the given rate at most, both at once, as on a switch. The ranks of a team
+share one namespace, as those of a machine do, and reach each other without the link. Namespaces and links
 have no names and lie on no disk: open descriptors of this process hold them, and the kernel removes them
 together with the last process that has one open or lives in one, however it ends, SIGKILL included.
 
@@ -62,17 +63,21 @@ def check() -> None:
 
 
 class Link:
-    """The network of `size` ranks at `bits` a second each way. Use as a context.
+    """The network of `size` machines at `bits` a second each way. Use as a context.
+
+    Args:
+        ranks: on each machine.
 
     Attributes:
         bits: a second, each way.
-        addresses: of each rank.
+        addresses: of each machine.
         environment: variables by which gloo and NCCL find the way.
     """
 
-    def __init__(self, size: int, bits: int):
+    def __init__(self, size: int, bits: int, ranks: int = 1):
         assert 1 <= size <= 250, size
         self.bits = bits
+        self._ranks = ranks
         self.addresses = [f"10.77.0.{rank + 1}" for rank in range(size)]
         self.environment = {
             "GLOO_SOCKET_IFNAME": INTERFACE,
@@ -110,8 +115,8 @@ class Link:
         return [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in self._namespaces]
 
     def enter(self, rank: int) -> None:
-        """Move this process into a rank's namespace, before it has threads or sockets."""
-        _setns(self._namespaces[1 + rank])
+        """Move this process into the namespace of a rank's machine, before it has threads or sockets."""
+        _setns(self._namespaces[1 + rank // self._ranks])
 
     def _namespace(self) -> int:
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
@@ -142,14 +147,22 @@ class Link:
             os.close(self._namespaces.pop())
 
 
-def measure(comm: "Comm", addresses: list[str], size: int) -> float:
-    """Every rank sends `size` bytes and some to the next, all at once, by plain TCP. Collective: all ranks.
+def measure(comm: "Comm", addresses: list[str], size: int) -> float | None:
+    """Every machine sends `size` bytes and some to the next, at once, by plain TCP. Collective: all ranks.
+
+    Args:
+        addresses: of the machines.
 
     Returns:
-        bytes a second at which `size` of them arrived here. The first to come are not timed: a limiter that
-        has rested lets a burst pass.
+        on a machine's first rank, bytes a second at which `size` of them arrived there. The first to come are
+        not timed: a limiter that has rested lets a burst pass.
     """
-    here, there = addresses[comm.rank], addresses[(comm.rank + 1) % comm.size]
+    machine, other = divmod(comm.rank, comm.size // len(addresses))
+    if other:
+        comm.barrier()
+        comm.barrier()
+        return None
+    here, there = addresses[machine], addresses[(machine + 1) % len(addresses)]
     with socket.create_server((here, _PORT)) as server:
         comm.barrier()
         with socket.create_connection((there, _PORT)) as out, server.accept()[0] as into:

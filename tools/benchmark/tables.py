@@ -103,11 +103,11 @@ def _values(raw: Raw, strategy: str, key: str) -> list[float]:
 def limit_of(raw: Raw, run: Raw, key: str) -> float | None:
     """What a run's figure could be at best, in the figure's own unit; None: not known."""
     if "bare" not in run:
-        return None  # a peer's
+        return None  # a peer's, or one of a comparison of teams
     strategy, loop, steps = run["strategy"], run["bare"]["loop"], run["steps"]
     facts, variant = raw["facts"]["strategies"][strategy], raw["variants"][strategy]
     options, moved = variant["options"], facts["moved_bytes"][run["repeat"]]
-    images = raw["workers"] * options["batch_size"] * steps
+    images = options["workers"] * options["batch_size"] * steps
     if variant["once_a_round"]:
         blocks = facts["blocks_share"] * exchange_of(run)  # they follow when all steps are done
         hidden = options["overlap_steps"] * loop  # of a rank's last worker: then its exchange begins
@@ -127,6 +127,14 @@ def limit_of(raw: Raw, run: Raw, key: str) -> float | None:
     return limits.get(key)
 
 
+def _teams(raw: Raw) -> str:
+    """How the ranks stand together, and what those do that know no teams."""
+    size = raw["options"]["team_size"]
+    if size == 1:
+        return ""
+    return f" in teams of {size} (without teams: a worker on every rank, the same images a step)"
+
+
 def exchange_of(run: Raw) -> float:
     """Seconds of a run's bare exchange, a round's or a step's: the faster of its forms."""
     return min(run["bare"][form] for form in ("all_reduce", "messages") if form in run["bare"])
@@ -140,7 +148,8 @@ def markdown(raw: Raw, summary: Summary) -> str:
     lines = [
         f"# {options['model']}: {', '.join(raw['strategies'])}",
         "",
-        f"{raw['workers']} workers on {raw['ranks']} ranks, batch {options['batch_size']} per worker, "
+        f"{raw['workers']} workers on {raw['ranks']} ranks{_teams(raw)}, "
+        f"batch {options['batch_size']} per worker, "
         f"{options['img_size'] or 32}² images, {rounds} of {options['local_steps']} local steps; {repeats}, "
         f"strategies in turn. {raw['device']}, {raw['cores']} cores, --cpu_threads {options['cpu_threads']}, "
         f"{raw['backend']}.",
@@ -160,15 +169,20 @@ def markdown(raw: Raw, summary: Summary) -> str:
         per = "a round" if raw["variants"][strategy]["once_a_round"] else "a step"
         held = f"{of['held_bytes'] / (1 << 20):.1f} MiB"
         runs = [run for run in raw["runs"] if run["strategy"] == strategy]
-        loops = [statistics.median(run["bare"][name] for run in runs) for name in ("loop", "full_loop")]
-        exchange = statistics.median(map(exchange_of, runs))
+        bare = "."
+        if all("bare" in run for run in runs):
+            loops = [statistics.median(run["bare"][name] for run in runs) for name in ("loop", "full_loop")]
+            exchange = statistics.median(map(exchange_of, runs))
+            bare = (
+                f", bare loop {loops[0] / loops[1]:.3f} of the full net's "
+                f"({1e3 * loops[0]:.1f} and {1e3 * loops[1]:.1f} ms a step), its local step "
+                f"{_of(summary, strategy, 'local_step_s') / loops[1]:.3f}. Bare exchange "
+                f"{1e3 * exchange:.1f} ms {per}."
+            )
         lines.append(
             f"- {strategy}: {of['slots']} of {facts['pool']} pool blocks, {of['parameters'] / 1e6:.2f} M of "
             f"{facts['parameters'] / 1e6:.2f} M parameters. Multiply-adds {of['multiply_add_share']:.3f} of "
-            f"the full net's (counted), bare loop {loops[0] / loops[1]:.3f} of the full net's "
-            f"({1e3 * loops[0]:.1f} and {1e3 * loops[1]:.1f} ms a step), its local step "
-            f"{_of(summary, strategy, 'local_step_s') / loops[1]:.3f}. Bare exchange "
-            f"{1e3 * exchange:.1f} ms {per}. Fewest bytes: {held} held by a rank, "
+            f"the full net's (counted){bare} Fewest bytes: {held} held by a rank, "
             f"{statistics.median(of['moved_bytes']) / 1e6:.1f} MB moved a round."
         )
     lines += _peer_lines(raw)

@@ -97,14 +97,36 @@ def read(text: str, config: Config, ranks: int) -> Variant:
     if name not in STRATEGIES and name not in PEERS:
         known = ", ".join([*STRATEGIES, *PEERS])
         raise UserError(f"--strategies names {name!r}: type some of {known}")
-    if (name in PEERS or STRATEGIES[name].lockstep) and ranks != config.workers:
+    if name in PEERS and config.team_size != 1:
+        raise UserError(f"--strategies {name} knows no teams: leave it or --team_size out")
+    played = (config.workers or 0) * _number(config.team_size)
+    if (name in PEERS or STRATEGIES[name].lockstep) and ranks != played:
         raise UserError(
-            f"--strategies {name} has one worker per rank: type --ranks {config.workers}, or leave {name} out"
+            f"--strategies {name} has one worker per rank: type --ranks {played}, or leave {name} out"
         )
     try:
-        return _peer(text, name, options, config) if name in PEERS else _ours(text, name, options, config)
+        if name in PEERS:
+            return _peer(text, name, options, config)
+        return _without_teams(_ours(text, name, options, config), ranks)
     except UserError as error:
         raise UserError(f"--strategies {text}: {error}" if options else str(error)) from None
+
+
+def _without_teams(variant: Variant, ranks: int) -> Variant:
+    """A variant of ranks that are alone has a worker on each of them, on the same images a step."""
+    config = variant.config
+    workers = config.workers or 0
+    if config.team_size != 1 or ranks <= workers:
+        return variant
+    cut = ranks // workers
+    if config.batch_size % (cut * config.accumulation_steps):
+        raise UserError(f"--batch_size {config.batch_size} must divide over {cut} ranks")
+    return replace(variant, config=replace(config, workers=ranks, batch_size=config.batch_size // cut))
+
+
+def _number(size: int | str) -> int:
+    assert isinstance(size, int)
+    return size
 
 
 def _ours(text: str, name: str, options: Sequence[str], config: Config) -> Variant:
@@ -182,5 +204,6 @@ def of_strategy(config: Config, strategy: str) -> Config:
     if way.lockstep:
         changed["optimizer_state"] = Config.default("optimizer_state")
     if not way.averages:
-        changed |= {name: Config.default(name) for name in ("wire", "overlap_steps")}
+        names = ("wire", "overlap_steps", "team_size", "team_strategy")
+        changed |= {name: Config.default(name) for name in names}
     return replace(config, **changed)
