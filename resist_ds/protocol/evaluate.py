@@ -163,9 +163,12 @@ def _group(config: Config, device: torch.device) -> int:
     """Calibration images that go through the net, and are summed for the statistics, together.
 
     On a GPU as many as in a training step: fewer would not fill it, and more might need more memory than that
-    step's forward pass had, which keeps what one pass without gradients drops. No number of ranks is in it.
+    step's forward pass had, which keeps what one pass without gradients drops. No number of ranks is in it,
+    but a team's.
     """
-    return GROUP if device.type == "cpu" else max(GROUP, config.batch_size // config.accumulation_steps)
+    assert isinstance(config.team_size, int)
+    parts = config.accumulation_steps * config.team_size
+    return GROUP if device.type == "cpu" else max(GROUP, config.batch_size // parts)
 
 
 def _score(logits: Tensor, labels: Tensor) -> Tensor:
