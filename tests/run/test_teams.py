@@ -78,15 +78,21 @@ def test_a_team_across_machines_is_warned_of(ranks: Ranks, tmp_path: Path) -> No
         assert "start as many ranks on each machine" in remark
 
 
-def poisoned(comm: Comm, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A run in whose second round rank 1's loss is NaN: what is said on this rank, and what it then owns."""
+def poisoned(comm: Comm, options: dict[str, Any], gradients: bool) -> tuple[str, dict[str, Any]]:
+    """A run in whose second round rank 1's loss is NaN: what is said on this rank, and what it then owns.
+
+    Args:
+        gradients: whether they are NaN too, and so reach the others of the team.
+    """
     trainer = Trainer(comm, Config(**options))
     cross_entropy, steps = engine.F.cross_entropy, [0]
 
     def spoilt(*args: Any, **kwargs: Any) -> Any:
         steps[0] += 1
         loss = cross_entropy(*args, **kwargs)
-        return loss * math.nan if comm.rank == 1 and steps[0] == STEPS + 1 else loss
+        if comm.rank != 1 or steps[0] != STEPS + 1:
+            return loss
+        return loss * math.nan if gradients else loss + math.nan
 
     from resist_ds.engines import zero  # after DeepSpeed's environment is set
 
@@ -108,9 +114,9 @@ def poisoned(comm: Comm, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "zero2"])
 def test_a_team_agrees_that_its_worker_is_spoilt(way: str, ranks: Ranks, tmp_path: Path) -> None:
-    """One lane sees the loss that is NaN, and all of its team drop the worker's round."""
+    """One lane alone sees the loss that is NaN, and all of its team drop the worker's round."""
     options = TRAIN | TEAM | {"team_strategy": way, "on_nan": "skip", "output_dir": str(tmp_path)}
-    words, found = zip(*ranks(poisoned, 4, options), strict=True)
+    words, found = zip(*ranks(poisoned, 4, options, False), strict=True)
     assert all(np.isfinite(v).all() for rank in found for of in rank.values() for v in of.values())
     said = "".join(words)
     assert f"worker 0 met NaN or Inf in round 2, first in the loss of local step {STEPS + 1}" in said
@@ -120,7 +126,7 @@ def test_a_team_agrees_that_its_worker_is_spoilt(way: str, ranks: Ranks, tmp_pat
 def test_a_team_agrees_to_stop(ranks: Ranks, tmp_path: Path) -> None:
     """All ranks end with the same line, and none has averaged anything of the round."""
     options = TRAIN | TEAM | {"checkpoint_every": 1, "output_dir": str(tmp_path)}
-    words, _ = zip(*ranks(poisoned, 4, options), strict=True)
+    words, _ = zip(*ranks(poisoned, 4, options, True), strict=True)
     assert len(set(words)) == 1
     assert words[0].startswith(
         f"worker 0 met NaN or Inf in round 2, first in the loss of local step {STEPS + 1}. Nothing of this "

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import create_conv2d
@@ -29,7 +30,7 @@ from resist_ds.state.export import export
 from resist_ds.trainer import Trainer
 from tests import ROOT, oracle
 from tests.conftest import Ranks, run_ranks
-from tests.saved import OPTIONS, outcome, tensors, train
+from tests.saved import OPTIONS, loss_log, outcome, tensors, train
 
 pytestmark = pytest.mark.ranks
 
@@ -111,6 +112,20 @@ def test_the_export_in_stock_timm_is_the_model_that_was_tested(trained: Any, tmp
     export(Checkpoint.verified(checkpoint), tmp_path / "raw.safetensors", fold=False)
     net.load_state_dict(load_file(tmp_path / "raw.safetensors"), strict=True)
     assert np.abs(logits_of(net) - logits).max() > 1e-3
+
+
+@pytest.mark.numerical
+def test_a_team_s_checkpoint_is_exported_as_any_other(ranks: Ranks, tmp_path: Path) -> None:
+    """Whose tensors its ranks held in rows: plain timm has the test loss that the run has reported."""
+    options = {"workers": 3, "team_size": 2, "team_strategy": "fsdp", "rounds": 2, "img_size": 32, "lr": 0.1}
+    ranks(train, 4, {**options, "output_dir": str(tmp_path)})
+    export(Checkpoint.verified(tmp_path / "checkpoints" / "round-000002"), tmp_path / "net.safetensors")
+    net = plain_timm(OPTIONS["model"])
+    net.load_state_dict(load_file(tmp_path / "net.safetensors"), strict=True)
+    logits = torch.from_numpy(logits_of(net))
+    labels = torch.as_tensor(load_data(Config(dataset="synthetic", img_size=32)).test.labels)
+    *_, reported = (line for line in loss_log(tmp_path) if line["kind"] == "eval")
+    assert F.cross_entropy(logits.double(), labels).item() == pytest.approx(reported["eval/loss"], rel=1e-5)
 
 
 @pytest.mark.numerical

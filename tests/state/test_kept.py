@@ -80,21 +80,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_same_run(folder, wholes(kind), at)
 
 
-@pytest.mark.parametrize(("way", "kind"), [("ddp", "both"), ("fsdp", "both"), ("fsdp", "reset")])
-def test_a_team_saves_whole_what_its_worker_holds_alone(
-    way: str, kind: str, ranks: Ranks, tmp_path: Path
-) -> None:
-    """Of which each of its ranks has a slice, or rows; and its ranks take that up again."""
-    options = {**KINDS[kind], "team_size": 2, "team_strategy": way}
-    whole = tmp_path / "whole"
-    ranks(train, 4, {**options, "output_dir": str(whole)})
-    assert {name.partition(".")[2] for name in held(whole / "checkpoints" / checkpoints(whole)[1])} == set(
-        HELD[kind]
-    )
-    folder = resumed(ranks, 4, whole, 2, tmp_path / "run", **options)
-    assert_same_run(folder, whole, 2)
-
-
 @pytest.mark.parametrize("kind", ["compact", "both"])
 def test_written_in_the_background_it_is_the_same(
     kind: str, wholes: Callable[[str], Path], ranks: Ranks, tmp_path: Path
@@ -176,27 +161,37 @@ def test_another_wire_is_refused_unless_it_is_meant(
 # Of a team, whose lanes have it in parts.
 
 TEAM: dict[str, dict[str, Any]] = {
-    way: {**KINDS["both"], "team_size": 2, "team_strategy": way} for way in ("ddp", "fsdp")
+    f"{way}, {kind}": {**KINDS[kind], "team_size": 2, "team_strategy": way}
+    for way, kind in (("ddp", "both"), ("fsdp", "both"), ("fsdp", "reset"))
 }
 
 
 @pytest.fixture(scope="module")
-def teams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Uninterrupted runs of two teams of two."""
-    made = {}
-    for way, options in TEAM.items():
-        folder = made[way] = tmp_path_factory.mktemp("team") / "run"
-        run_ranks(train, 4, {**options, "output_dir": str(folder)}, store=folder.with_name("store"))
-    return made
+def teams(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Uninterrupted runs of two teams of two, each made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def whole(case: str) -> Path:
+        if case not in made:
+            folder = made[case] = tmp_path_factory.mktemp("team") / "run"
+            run_ranks(train, 4, {**TEAM[case], "output_dir": str(folder)}, store=folder.with_name("store"))
+            found = held(folder / "checkpoints" / "round-000002")
+            kinds = HELD[case.split(", ")[1]]
+            assert found.keys() == {f"{worker}.{kind}" for worker in range(3) for kind in kinds}
+        return made[case]
+
+    return whole
 
 
-@pytest.mark.parametrize("way", TEAM)
-@pytest.mark.parametrize("size", [2, 4])  # in one team, or in two
+@pytest.mark.parametrize(
+    ("case", "size"),  # in one team, or in two
+    [("ddp, both", 2), ("ddp, both", 4), ("fsdp, both", 2), ("fsdp, reset", 4)],
+)
 def test_a_team_s_resumed_run_is_the_uninterrupted_one(
-    way: str, size: int, teams: dict[str, Path], ranks: Ranks, tmp_path: Path
+    case: str, size: int, teams: Callable[[str], Path], ranks: Ranks, tmp_path: Path
 ) -> None:
-    folder = resumed(ranks, size, teams[way], 2, tmp_path / "run", **TEAM[way])
-    assert_same_run(folder, teams[way], 2)
+    folder = resumed(ranks, size, teams(case), 2, tmp_path / "run", **TEAM[case])
+    assert_same_run(folder, teams(case), 2)
 
 
 def taken_up(comm: Comm, options: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -217,7 +212,7 @@ def taken_up(comm: Comm, options: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("way", "ranks_", "size", "other"),
+    ("way", "number", "size", "other"),
     [
         ("ddp", 2, 1, "ddp"),
         ("fsdp", 1, 1, "ddp"),
@@ -227,15 +222,21 @@ def taken_up(comm: Comm, options: dict[str, Any]) -> dict[str, np.ndarray]:
     ],
 )
 def test_other_teams_take_up_what_workers_held_alone(
-    way: str, ranks_: int, size: int, other: str, teams: dict[str, Path], ranks: Ranks, tmp_path: Path
+    way: str,
+    number: int,
+    size: int,
+    other: str,
+    teams: Callable[[str], Path],
+    ranks: Ranks,
+    tmp_path: Path,
 ) -> None:
-    folder = shutil.copytree(teams[way], tmp_path / "run")
+    folder = shutil.copytree(teams(f"{way}, both"), tmp_path / "run")
     for name in ("round-000003", "round-000004"):
         shutil.rmtree(folder / "checkpoints" / name)
     options = {**KINDS["both"], "batch_size": 12, "override": "batch_size", "resume": "auto"}
     options |= {"team_size": size, "team_strategy": other, "output_dir": str(folder)}
-    found = [rank for rank in ranks(taken_up, ranks_, options) if rank]
-    assert len(found) == ranks_ // size
+    found = [rank for rank in ranks(taken_up, number, options) if rank]
+    assert len(found) == number // size
     state = {name: values for rank in found for name, values in rank.items()}
     wanted = held(last(folder))
     assert state.keys() == wanted.keys() == {f"{w}.{k}" for w in range(3) for k in ("error", "shared")}
