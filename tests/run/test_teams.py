@@ -18,13 +18,15 @@ from resist_ds import ResIST, api
 from resist_ds.comm import Comm
 from resist_ds.engines import engine
 from resist_ds.errors import NotFiniteError
+from resist_ds.nets.blueprint import Blueprint
 from resist_ds.options.config import Config
+from resist_ds.protocol.partition import sample_partition
 from resist_ds.trainer import Trainer
 from tests.conftest import _CONTEXT, Ranks, _rank
 from tests.oracle import arrays
 from tests.run.test_api import ROUNDS, SHARED, STEPS, TRAIN
 from tests.run.test_errors import TINY, expect, outcome
-from tests.saved import checkpoints
+from tests.saved import checkpoints, tensors
 
 pytestmark = pytest.mark.ranks
 
@@ -116,11 +118,20 @@ def poisoned(comm: Comm, options: dict[str, Any], gradients: bool) -> tuple[str,
 def test_a_team_agrees_that_its_worker_is_spoilt(way: str, ranks: Ranks, tmp_path: Path) -> None:
     """One lane alone sees the loss that is NaN, and all of its team drop the worker's round."""
     options = TRAIN | TEAM | {"team_strategy": way, "on_nan": "skip", "output_dir": str(tmp_path)}
+    options |= {"checkpoint_every": 1, "keep": 9}
     words, found = zip(*ranks(poisoned, 4, options, False), strict=True)
     assert all(np.isfinite(v).all() for rank in found for of in rank.values() for v in of.values())
     said = "".join(words)
     assert f"worker 0 met NaN or Inf in round 2, first in the loss of local step {STEPS + 1}" in said
     assert said.count("its round is dropped") == 1
+    # The blocks that it alone held are as they were on all lanes, and the others' are not.
+    blueprint = Blueprint(TRAIN["model"], 10)
+    deal = sample_partition(TRAIN["seed"], 1, workers=2, pool=blueprint.pool)
+    before, after = (tensors(tmp_path / "checkpoints" / name) for name in checkpoints(tmp_path)[:2])
+    for block, holders in enumerate(deal.holders):
+        prefix = blueprint.block_prefix(block)
+        same = {np.array_equal(after[n], v) for n, v in before.items() if n.startswith(prefix) and v.ndim > 1}
+        assert same == {holders == (0,)}, (block, holders)
 
 
 def test_a_team_agrees_to_stop(ranks: Ranks, tmp_path: Path) -> None:
@@ -200,6 +211,6 @@ def test_a_loop_of_ones_own_trains_in_teams(way: str, ranks: Ranks, tmp_path: Pa
     expected = ranks(as_train_py, 4, str(tmp_path / "train"), team)
     for want, got in zip(expected, ranks(own_loop, 4, str(tmp_path / "own"), team), strict=True):
         assert got.keys() == want.keys()
-        for name, tensors in want.items():
-            for kind, values in tensors.items():
+        for name, kinds in want.items():
+            for kind, values in kinds.items():
                 assert np.array_equal(got[name][kind], values), (name, kind)
