@@ -69,7 +69,7 @@ def free_port() -> str:
             return str(port)
 
 
-def command(launcher: str, script: Path, ranks: int) -> list[str]:
+def command(launcher: str, script: Path, ranks: int = 2) -> list[str]:
     """Launchers default to port 29500, which another job may have."""
     accelerate, deepspeed, torchrun = (str(BIN / name) for name in ("accelerate", "deepspeed", "torchrun"))
     prefix = {
