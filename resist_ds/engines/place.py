@@ -42,6 +42,11 @@ def _team_size(comm: Comm, config: Config, start: Start) -> int:
                 f"{min(on_machines)} to {max(on_machines)}: type a number"
             )
     assert isinstance(size, int)
+    if size > comm.size:
+        there = "is 1 rank" if comm.size == 1 else f"are {comm.size} ranks"
+        raise UserError(
+            f"--team_size is {size}, and there {there}: start {size} or more, or leave --team_size out"
+        )
     if comm.size % size:
         raise UserError(
             f"--team_size is {size}, and {comm.size} ranks cannot be cut into teams of {size}: type a "

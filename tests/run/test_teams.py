@@ -38,6 +38,11 @@ WRONG: dict[str, tuple[int, dict[str, Any], str]] = {
         {"team_size": 2, "workers": 4},
         "--team_size is 2, and 3 ranks cannot be cut into teams of 2: type a divisor of 3",
     ),
+    "no ranks": (
+        1,
+        {"team_size": 2},
+        "--team_size is 2, and there is 1 rank: start 2 or more, or leave --team_size out",
+    ),
     "a batch that cannot be divided": (
         2,
         {**TEAM, "batch_size": 6, "accumulation_steps": 2},
